@@ -1,0 +1,7 @@
+"""Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
+
+from trellis_jax.ops.state import TrellisState
+from trellis_jax.ops.trellis import trellis
+from trellis_jax.version import __version__
+
+__all__ = ["TrellisState", "__version__", "trellis"]

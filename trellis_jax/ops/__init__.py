@@ -1,0 +1,1 @@
+"""The op and its implementations."""

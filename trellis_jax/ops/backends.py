@@ -1,0 +1,69 @@
+"""Which implementation runs a call: a name is a file, "reference" and "xla" here, kernels there.
+
+A backend is a module with
+
+  supports(spec, shapes) -> None, or why it cannot run this call here
+  forward(spec, inputs, start, anchor, init, rows) -> (o, end, anchor out, saved)
+  backward(spec, inputs, start, anchor, init, rows, saved, cts) -> cotangents
+
+as `ops/chunked.py` documents them ("reference" alone is a plain function).
+"""
+
+import importlib
+import logging
+import pathlib
+from typing import NamedTuple
+
+import pallas_kernels
+from trellis_jax.ops import chunked
+from trellis_jax.ops.spec import Spec
+
+_LOG = logging.getLogger("trellis_jax")
+_said: set[str] = set()
+
+
+class Shapes(NamedTuple):
+  """The sizes a backend decides on (see trellis_jax.typing); dtype is that of v."""
+
+  B: int
+  T: int
+  H: int
+  D: int
+  V: int
+  M: int
+  dtype: str
+
+
+def kernels() -> list[str]:
+  """Returns the names of the Pallas backends, one per file of `pallas_kernels`."""
+  folder = pathlib.Path(pallas_kernels.__file__).parent
+  return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load(name: str):
+  """Returns the backend module of a name that `choose` returned."""
+  return chunked if name == "xla" else importlib.import_module(f"pallas_kernels.{name}")
+
+
+def choose(name: str | None, spec: Spec, shapes: Shapes) -> str:
+  """Returns the implementation to run: `name` itself, or for None the best that supports the call.
+
+  Raises ValueError when the name is unknown or cannot run the call; a name never falls back.
+  """
+  if name in ("reference", "xla"):
+    return name
+  known = kernels()
+  if name is not None and name not in known:
+    accepted = ", ".join(["None", "reference", "xla", *known])
+    raise ValueError(f"implementation={name!r} is unknown; accepted are {accepted}")
+  reasons = {n: load(n).supports(spec, shapes) for n in ([name] if name else known)}
+  for n, reason in reasons.items():
+    if reason is None:
+      return n
+  why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
+  if name:
+    raise ValueError(f"implementation={name!r} cannot run {shapes}: {why}")
+  if why and why not in _said:
+    _said.add(why)
+    _LOG.info("the op runs as 'xla' (%s)", why)
+  return "xla"

@@ -1,0 +1,246 @@
+r"""Implementation "xla": `jax.lax.scan` over chunks, on every platform JAX runs on.
+
+Tokens are taken in blocks of a few chunks. In a block the memories evolve chunk by chunk
+(`evolve`), then all reads of the block are done at once (`readout`). The backward stores the
+memories at the block starts and the inputs, and recomputes the rest block by block, so the
+temporary memory of a training step grows by M (D + V) / L floats per token and head, L the
+tokens of a block.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trellis_jax.ops import decay, evolve, readout
+from trellis_jax.ops.spec import Spec
+
+# Tokens in a block: enough work in the parallel reads to outweigh the loop around them, little
+# enough to stay in a core's cache. Chunks under SHORT tokens keep a memory per chunk, so fewer.
+BLOCK, SHORT_BLOCK, SHORT = 256, 64, 16
+
+
+class Inputs(NamedTuple):
+  """The op's arrays on the grid: q, k [B N H D], v [B N H V], alpha [B N H M], gates [B N H]."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  alpha: jax.Array
+  log_beta: jax.Array
+  gamma: jax.Array
+
+
+class Rows(NamedTuple):
+  """Where rows restart and end.
+
+  run: number of restarts up to each slot [B N], or None when there are none.
+  last: the chunk [B] that holds the row's last token, whose start becomes the state's anchor.
+  """
+
+  run: jax.Array | None
+  last: jax.Array
+
+
+class _Plan(NamedTuple):
+  """chunk: tokens of a chunk; read: tokens of a read block; block: tokens of a block."""
+
+  chunk: int
+  read: int
+  block: int
+  blocks: int
+
+  @classmethod
+  def of(cls, slots: int, chunk: int) -> "_Plan":
+    per_read = math.ceil(SHORT / chunk)
+    most = max(1, (BLOCK if chunk >= SHORT else SHORT_BLOCK) // chunk)
+    chunks = slots // chunk
+    blocks = max(1, math.ceil(chunks / most))
+    each = math.ceil(math.ceil(chunks / blocks) / per_read) * per_read
+    return cls(chunk, per_read * chunk, each * chunk, math.ceil(chunks / each))
+
+
+def supports(spec: Spec, q_shape, v_shape, num_slots: int) -> str | None:
+  """Returns None: every shape and activation runs."""
+  return None
+
+
+def forward(spec: Spec, inputs: Inputs, start, anchor, init, rows: Rows):
+  """Returns (o [B N H V], end, anchor at `rows.last`, starts); memories are pairs (S_k, S_v).
+
+  Args:
+    spec: the static choices.
+    inputs: on the grid, N a multiple of the chunk length; slots that hold no token are zero.
+    start: memories [B H M D | V] before slot 0, fp32 or wider.
+    anchor: where the first chunk's inner gradients are taken, or None for `start`.
+    init: memories [H M D | V] after a restart.
+    rows: restarts and ends.
+  """
+  kept = tuple(jnp.zeros_like(s) for s in start)
+  memories, first = start, None
+  if anchor is not None:
+    head = _Plan(spec.chunk_size, spec.chunk_size, spec.chunk_size, 1)
+    memories, kept, first = _block(
+      spec, head, memories, anchor, init, kept, *_slice(head, inputs, rows, 0, 0)
+    )
+    if inputs.q.shape[1] == spec.chunk_size:
+      return first, memories, kept, None
+  skip = 0 if anchor is None else spec.chunk_size
+  plan = _Plan.of(inputs.q.shape[1] - skip, spec.chunk_size)
+  padded, padded_rows, slots = _pad(plan, skip, inputs, rows)
+
+  def body(carry, i):
+    memories, kept, o = carry
+    block = _slice(plan, padded, padded_rows, skip, i)
+    end, kept, o_block = _block(spec, plan, memories, None, init, kept, *block)
+    o = jax.lax.dynamic_update_slice_in_dim(o, o_block, skip + i * plan.block, 1)
+    return (end, kept, o), memories
+
+  o = jnp.zeros((*padded.v.shape[:3], padded.v.shape[3]), inputs.v.dtype)
+  if first is not None:
+    o = jax.lax.dynamic_update_slice_in_dim(o, first, 0, 1)
+  (end, kept, o), starts = jax.lax.scan(body, (memories, kept, o), jnp.arange(plan.blocks))
+  return o[:, :slots], end, kept, starts
+
+
+def backward(spec: Spec, inputs: Inputs, start, anchor, init, rows: Rows, starts, cts):
+  """Returns the cotangents of (inputs, start, anchor, init) for those of (o, end, anchor out).
+
+  `starts` is what `forward` saved: the memories at the block starts, or None for one chunk.
+  """
+  o_bar, memories_bar, kept_bar = cts
+  zeros = tuple(jnp.zeros_like(s) for s in start)
+  init_bar = tuple(jnp.zeros_like(s) for s in init)
+  skip = 0 if anchor is None else spec.chunk_size
+  slots = inputs.q.shape[1]
+  grads = None
+  if starts is not None:
+    plan = _Plan.of(slots - skip, spec.chunk_size)
+    padded, padded_rows, _ = _pad(plan, skip, inputs, rows)
+    pad = padded.q.shape[1] - slots
+    o_bar = jnp.pad(o_bar, [(0, 0), (0, pad), (0, 0), (0, 0)])
+
+    def body(carry, xs):
+      memories_bar, kept_bar, init_bar, grads = carry
+      i, memories = xs
+      x, *masks = _slice(plan, padded, padded_rows, skip, i)
+      run = lambda s, s0, kept, x: _block(spec, plan, s, None, s0, kept, x, *masks)
+      _, pull = jax.vjp(run, memories, init, zeros, x)
+      at = skip + i * plan.block
+      o_bar_block = jax.lax.dynamic_slice_in_dim(o_bar, at, plan.block, 1)
+      memories_bar, more, kept_bar, x_bar = pull((memories_bar, kept_bar, o_bar_block))
+      init_bar = jax.tree.map(jnp.add, init_bar, more)
+      put = lambda g, x: jax.lax.dynamic_update_slice_in_dim(g, x, at, 1)
+      return (memories_bar, kept_bar, init_bar, jax.tree.map(put, grads, x_bar)), None
+
+    grads = jax.tree.map(jnp.zeros_like, padded)
+    carry = (memories_bar, kept_bar, init_bar, grads)
+    (memories_bar, kept_bar, init_bar, grads), _ = jax.lax.scan(
+      body, carry, (jnp.arange(plan.blocks), starts), reverse=True
+    )
+    grads = jax.tree.map(lambda g: g[:, :slots], grads)
+  if anchor is None:
+    return grads, memories_bar, None, init_bar
+  head = _Plan(spec.chunk_size, spec.chunk_size, spec.chunk_size, 1)
+  x, *masks = _slice(head, inputs, rows, 0, 0)
+  run = lambda s, a, s0, x: _block(spec, head, s, a, s0, zeros, x, *masks)
+  _, pull = jax.vjp(run, start, anchor, init, x)
+  start_bar, anchor_bar, more, x_bar = pull((memories_bar, kept_bar, o_bar[:, : head.block]))
+  init_bar = jax.tree.map(jnp.add, init_bar, more)
+  if grads is None:
+    return x_bar, start_bar, anchor_bar, init_bar
+  put = lambda g, x: jax.lax.dynamic_update_slice_in_dim(g, x, 0, 1)
+  return jax.tree.map(put, grads, x_bar), start_bar, anchor_bar, init_bar
+
+
+def _pad(plan: _Plan, skip: int, inputs: Inputs, rows: Rows):
+  """Returns the inputs and rows with empty slots up to whole blocks, and the slots before that."""
+  slots = inputs.q.shape[1]
+  more = skip + plan.blocks * plan.block - slots
+  if more:
+    pad = lambda x, **kw: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2), **kw)
+    inputs = jax.tree.map(pad, inputs)
+    if rows.run is not None:
+      rows = rows._replace(run=pad(rows.run, mode="edge"))
+  return inputs, rows, slots
+
+
+def _slice(plan: _Plan, inputs: Inputs, rows: Rows, skip: int, i):
+  """Returns block i: (inputs [B L H ...], run [B L], run before it [B], last chunk in it [B])."""
+  at = skip + i * plan.block
+  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, plan.block, 1)
+  last = rows.last - at // plan.chunk
+  if rows.run is None:
+    return jax.tree.map(cut, inputs), None, None, last
+  before = jax.lax.dynamic_slice_in_dim(rows.run, jnp.maximum(at - 1, 0), 1, 1)[:, 0]
+  return jax.tree.map(cut, inputs), cut(rows.run), jnp.where(at > 0, before, 0), last
+
+
+def _block(spec: Spec, plan: _Plan, start, anchor, init, kept, x: Inputs, run, entry, last):
+  """Returns (memories at the end, anchors kept, o [B L H V]) of one block of tokens."""
+  acc = start[0].dtype
+  chunks = jax.tree.map(lambda x: _cut(x.astype(acc), plan.chunk), x)
+  chunk_runs = _runs(run, entry, plan.chunk)
+  end_decay, total = decay.to_end(chunks.log_beta, chunk_runs)
+  restarts = None
+  if run is not None:
+    entered = chunk_runs.entered[:, :, None, :, None]
+    restarts = evolve.Restarts(entered, entered[:, :, :, -1:])
+  (gu_k, gu_v), starts, end = evolve.evolve(
+    spec,
+    start,
+    anchor,
+    init,
+    evolve.Chunks((chunks.k, chunks.v), chunks.alpha, chunks.gamma, end_decay, total),
+    restarts,
+  )
+  if spec.chunk_size > 1:
+    anchors = starts if anchor is None else tuple(a[None] for a in anchor)
+    kept = tuple(_keep(k, a, s0, last, restarts) for k, a, s0 in zip(kept, anchors, init))
+
+  per_read = plan.read // plan.chunk
+  reads = jax.tree.map(lambda x: _join(x, per_read), (*chunks, gu_k, gu_v))
+  q, k, v, _, log_beta, _, gu_k, gu_v = reads
+  read_starts = tuple(s[::per_read] for s in starts)
+  runs = _runs(run, entry, plan.read)
+  o = readout.readout(spec, q, k, v, gu_k, gu_v, log_beta, read_starts, init, runs)
+  n, b, h, r, width = o.shape
+  o = o.transpose(1, 0, 3, 2, 4).reshape(b, n * r, h, width)
+  return end, kept, o.astype(x.v.dtype)
+
+
+def _cut(x, length):
+  """[B L H ...] -> [n B H length ...]."""
+  x = x.reshape(x.shape[0], -1, length, *x.shape[2:])
+  return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _join(x, count):
+  """[n B H C ...] -> [n / count, B H count C ...]."""
+  if count == 1:
+    return x
+  x = x.reshape(-1, count, *x.shape[1:])
+  x = jnp.moveaxis(x, 1, 3)
+  return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+def _runs(run, entry, length):
+  """Returns the `decay.Runs` of the sub-blocks of `length` tokens, with leading [n B]."""
+  if run is None:
+    return None
+  before = jnp.concatenate([entry[:, None], run[:, :-1]], axis=1)
+  cut = run.reshape(run.shape[0], -1, length)
+  return decay.Runs.of(jnp.swapaxes(cut, 0, 1), before[:, ::length].T)
+
+
+def _keep(kept, starts, init, last, restarts):
+  """Returns `kept` with the rows whose last token lies in this block set to its chunk's anchor."""
+  n = starts.shape[0]
+  at = jnp.clip(last, 0, n - 1)[None, :, None, None, None]
+  anchor = jnp.take_along_axis(starts, at, axis=0)[0]
+  if restarts is not None:
+    survives = jnp.take_along_axis(restarts.survives, at, axis=0)[0]
+    anchor = jnp.where(survives, anchor, init[None])
+  here = (last >= 0) & (last < n)
+  return jnp.where(here[:, None, None, None], anchor, kept)
