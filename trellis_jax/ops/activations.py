@@ -40,83 +40,87 @@ Vector = Float[Array, "... M"]
 
 
 class Normaliser(NamedTuple):
-  """A map N over the last axis: its value, its Jacobian, and the gradient of p . J(s) (N(s) - a).
+  """A map N over the last axis, with its derivatives at `y, i = apply(s, eps)`.
 
   apply(s, eps) -> (y, i), i the inverse scale or None; jacobian(x, y, i) -> J x;
-  second(p, a, y, i) -> grad_s [p . J(s) (N(s) - a)].
+  residual(a, y, i) -> J (y - a);
+  second(p, a, y, i) -> (grad_s [p . J(s) (N(s) - a)], J p, J (y - a)).
   """
 
   apply: Callable
   jacobian: Callable
+  residual: Callable
   second: Callable
 
 
-def _none_second(p, a, y, i):
-  return p
+def _none() -> Normaliser:
+  return Normaliser(
+    apply=lambda s, eps: (s, None),
+    jacobian=lambda x, y, i: x,
+    residual=lambda a, y, i: y - a,
+    second=lambda p, a, y, i: (p, p, y - a),
+  )
 
 
-def _standardise(s, eps):
-  centred = s - jnp.mean(s, -1, keepdims=True)
-  i = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
-  return centred * i, i
+def _scaled(mean: bool) -> Normaliser:
+  """LayerNorm (mean) or the l2 norm: both y = i s with a linear J, over means E or over sums E."""
+  over = functools.partial(jnp.mean if mean else jnp.sum, axis=-1, keepdims=True)
+  centre = over if mean else lambda x: 0.0
+
+  def apply(s, eps):
+    s = s - centre(s)
+    i = jax.lax.rsqrt(over(s * s) + eps)
+    return s * i, i
+
+  def jacobian(x, y, i):
+    return i * (x - centre(x) - y * over(y * x))
+
+  def residual(a, y, i):
+    # E y = 0, so the error's mean is that of -a.
+    return i * (y - a + centre(a) - y * over(y * (y - a)))
+
+  def second(p, a, y, i):
+    # One round of reductions; c = E y (y - a), and d i = -i^2 E (y ds).
+    y_y, y_a, p_y, p_a = over(y * y), over(y * a), over(p * y), over(p * a)
+    mean_a, mean_p = centre(a), centre(p)
+    c = y_y - y_a
+    x = (1 - c) * p - p_y * (2 * y - a)
+    y_x = (1 - c) * p_y - p_y * (2 * y_y - y_a)
+    p_h = (1 - c) * p_y - p_a + mean_a * mean_p
+    mean_x = (1 - c) * mean_p + p_y * mean_a
+    grad = i * i * (x - mean_x - y * (y_x + p_h))
+    return grad, i * (p - mean_p - y * p_y), i * ((1 - c) * y - a + mean_a)
+
+  return Normaliser(apply, jacobian, residual, second)
 
 
-def _standardise_jacobian(x, y, i):
-  return i * (x - jnp.mean(x, -1, keepdims=True) - y * jnp.mean(y * x, -1, keepdims=True))
+def _softmax() -> Normaliser:
+  total = functools.partial(jnp.sum, axis=-1, keepdims=True)
 
+  def jacobian(x, y, i):
+    return y * (x - total(y * x))
 
-def _standardise_second(p, a, y, i):
-  error = y - a
-  c = jnp.mean(y * error, -1, keepdims=True)
-  py = jnp.mean(p * y, -1, keepdims=True)
-  ph = jnp.mean(p * (error - jnp.mean(error, -1, keepdims=True) - c * y), -1, keepdims=True)
-  return i * _standardise_jacobian((1 - c) * p - py * (2 * y - a), y, i) - i * i * ph * y
+  def second(p, a, y, i):
+    error = y - a
+    p_y = total(p * y)
+    grad = jacobian(p * (error + y - total(y * error)) - p_y * (error + y), y, i)
+    return grad, y * (p - p_y), jacobian(error, y, i)
 
+  return Normaliser(
+    apply=lambda s, eps: (jax.nn.softmax(s, -1), None),
+    jacobian=jacobian,
+    residual=lambda a, y, i: jacobian(y - a, y, i),
+    second=second,
+  )
 
-def _unit(s, eps):
-  i = jax.lax.rsqrt(jnp.sum(s * s, -1, keepdims=True) + eps)
-  return s * i, i
-
-
-def _unit_jacobian(x, y, i):
-  return i * (x - y * jnp.sum(y * x, -1, keepdims=True))
-
-
-def _unit_second(p, a, y, i):
-  error = y - a
-  c = jnp.sum(y * error, -1, keepdims=True)
-  py = jnp.sum(p * y, -1, keepdims=True)
-  ph = jnp.sum(p * (error - c * y), -1, keepdims=True)
-  return i * _unit_jacobian((1 - c) * p - py * (2 * y - a), y, i) - i * i * ph * y
-
-
-def _softmax(s, eps):
-  return jax.nn.softmax(s, -1), None
-
-
-def _softmax_jacobian(x, y, i):
-  return y * (x - jnp.sum(y * x, -1, keepdims=True))
-
-
-def _softmax_second(p, a, y, i):
-  error = y - a
-  ye = jnp.sum(y * error, -1, keepdims=True)
-  py = jnp.sum(p * y, -1, keepdims=True)
-  return _softmax_jacobian(p * (error + y - ye) - py * (error + y), y, i)
-
-
-_NONE = Normaliser(lambda s, eps: (s, None), lambda x, y, i: x, _none_second)
-_LN = Normaliser(_standardise, _standardise_jacobian, _standardise_second)
-_L2 = Normaliser(_unit, _unit_jacobian, _unit_second)
-_SOFTMAX = Normaliser(_softmax, _softmax_jacobian, _softmax_second)
 
 # name -> (whether the elementwise part is SiLU, the normaliser)
 ACTIVATIONS: dict[str, tuple[bool, Normaliser]] = {
-  "identity": (False, _NONE),
-  "silu": (True, _NONE),
-  "ln_silu": (True, _LN),
-  "l2_silu": (True, _L2),
-  "softmax": (False, _SOFTMAX),
+  "identity": (False, _none()),
+  "silu": (True, _none()),
+  "ln_silu": (True, _scaled(mean=True)),
+  "l2_silu": (True, _scaled(mean=False)),
+  "softmax": (False, _softmax()),
 }
 
 
@@ -158,7 +162,7 @@ def inner_gradient(name: str, z: Vector, a: Vector, eps: float) -> Vector:
   is_silu, norm = ACTIVATIONS[name]
   s, e1, _ = _elementwise(is_silu, z)
   y, i = norm.apply(s, eps)
-  return _times(norm.jacobian(y - a, y, i), e1)
+  return _times(norm.residual(a, y, i), e1)
 
 
 def inner_gradient_vjp(
@@ -168,11 +172,11 @@ def inner_gradient_vjp(
   is_silu, norm = ACTIVATIONS[name]
   s, e1, e2 = _elementwise(is_silu, z)
   y, i = norm.apply(s, eps)
-  p = _times(ct, e1)
-  z_bar = _times(norm.second(p, a, y, i), e1)
+  s_bar, j_p, j_error = norm.second(_times(ct, e1), a, y, i)
+  z_bar = _times(s_bar, e1)
   if e2 is not None:
-    z_bar = z_bar + e2 * ct * norm.jacobian(y - a, y, i)
-  return z_bar, -norm.jacobian(p, y, i)
+    z_bar = z_bar + e2 * ct * j_error
+  return z_bar, -j_p
 
 
 def tempered_inner_gradient(name: str, z: Vector, a: Vector, eps: float, rho: float) -> Vector:

@@ -18,7 +18,7 @@ from trellis_jax.ops.spec import Spec
 
 # Tokens in a block: enough work in the parallel reads to outweigh the loop around them, little
 # enough to stay in a core's cache. Chunks under SHORT tokens keep a memory per chunk, so fewer.
-BLOCK, SHORT_BLOCK, SHORT = 256, 64, 16
+BLOCK, SHORT_BLOCK, SHORT = 128, 64, 16
 
 
 class Inputs(NamedTuple):

@@ -91,7 +91,7 @@ def _forward(spec, start, anchor, init, chunks, restarts):
   def body(memories, xs):
     chunk, masks = xs
     entered, survives = masks if masks is not None else (None, None)
-    ends, writes = [], []
+    ends, codes, writes = [], [], []
     for i, (s, w) in enumerate(zip(memories, chunk.writes)):
       z = _codes(spec, w, s if anchor is None else anchor[i])
       if masks is not None:
@@ -100,33 +100,23 @@ def _forward(spec, start, anchor, init, chunks, restarts):
       gu = chunk.steps[..., None] * u
       kept = chunk.total[..., None, None] * _select(survives, s, init[i][None])
       ends.append(kept - _gather_writes(spec, chunk.end[..., None] * gu, w))
+      codes.append(z)
       writes.append(gu)
-    return tuple(ends), (tuple(writes), memories)
+    return tuple(ends), (tuple(codes), tuple(writes), memories)
 
-  end, (gu, starts) = jax.lax.scan(body, start, (chunks, restarts))
-  return (gu, starts, end), (anchor, init, chunks, restarts, gu, starts)
+  end, (z, gu, starts) = jax.lax.scan(body, start, (chunks, restarts))
+  return (gu, starts, end), (anchor, init, chunks, restarts, z, gu, starts)
 
 
 def _backward(spec, saved, cts):
-  anchor, init, chunks, restarts, gu, starts = saved
+  anchor, init, chunks, restarts, z, gu, starts = saved
   gu_bar, starts_bar, end_bar = cts
-  entered, survives = restarts if restarts is not None else (None, None)
   passes = range(len(init))
-
-  # Everything that does not wait for the cotangent of the memories, for all chunks at once.
-  z = [
-    _select(
-      entered,
-      _codes(spec, chunks.writes[i], starts[i] if anchor is None else anchor[i][None]),
-      0 if restarts is None else _codes(spec, chunks.writes[i], init[i][None, None]),
-    )
-    for i in passes
-  ]
 
   def body(s_bars, xs):
     chunk, masks, z, gu_bar, starts_bar = xs
     entered, survives = masks if masks is not None else (None, None)
-    before, saved = [], []
+    before, saved, targets_bar = [], [], 0
     for i, s_bar in enumerate(s_bars):
       w = chunk.writes[i]
       pull = _codes(spec, w, s_bar)
@@ -140,11 +130,12 @@ def _backward(spec, saved, cts):
       if anchor is None:
         s_new = s_new + _gather_writes(spec, _select(entered, z_bar, 0), w)
       before.append(s_new)
-      saved.append((z_bar, a_bar, pull, s_bar))
-    return tuple(before), tuple(saved)
+      saved.append((z_bar, pull, s_bar))
+      targets_bar = targets_bar + a_bar
+    return tuple(before), (targets_bar, tuple(saved))
 
-  xs = (chunks, restarts, tuple(z), gu_bar, starts_bar)
-  start_bar, saved = jax.lax.scan(body, end_bar, xs, reverse=True)
+  xs = (chunks, restarts, z, gu_bar, starts_bar)
+  start_bar, (targets_bar, saved) = jax.lax.scan(body, end_bar, xs, reverse=True)
   grads = [
     _parallel(spec, i, saved[i], z[i], chunks, init, starts, anchor, gu, gu_bar, restarts)
     for i in passes
@@ -152,7 +143,7 @@ def _backward(spec, saved, cts):
   w_bar, steps_bar, end_decay_bar, total_bar, anchor_bar, init_bar = zip(*grads)
   chunks_bar = Chunks(
     writes=w_bar,
-    targets=sum(saved[i][1] for i in passes),
+    targets=targets_bar,
     steps=sum(steps_bar),
     end=sum(end_decay_bar),
     total=sum(total_bar),
@@ -162,7 +153,7 @@ def _backward(spec, saved, cts):
 
 def _parallel(spec, i, saved, z, chunks, init, starts, anchor, gu, gu_bar, restarts):
   """Returns the gradients of one pass that need no loop: (w, steps, end, total, anchor, init)."""
-  z_bar, _, pull, s_bar = saved
+  z_bar, pull, s_bar = saved
   w, gu = chunks.writes[i], gu[i]
   back = lambda x, s: jnp.einsum("...cm,...mw->...cw", x, s, precision=spec.precision)
   ended = -chunks.end[..., None] * gu
