@@ -1,7 +1,9 @@
 """Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
 
+from trellis_jax import mixers, sharding
+from trellis_jax.model import LM, LMConfig
 from trellis_jax.ops.state import TrellisState
 from trellis_jax.ops.trellis import trellis
 from trellis_jax.version import __version__
 
-__all__ = ["TrellisState", "__version__", "trellis"]
+__all__ = ["LM", "LMConfig", "TrellisState", "__version__", "mixers", "sharding", "trellis"]

@@ -26,7 +26,9 @@ def check(
   for name, x in arrays.items():
     last = {"q": (d,), "k": (d,), "v": (width,), "alpha": (m,)}.get(name, ())
     if x.shape != (b, t, h, *last):
-      raise ValueError(f"{name} has shape {x.shape}; with q {q.shape} it must be {(b, t, h, *last)}")
+      raise ValueError(
+        f"{name} has shape {x.shape}; with q {q.shape} it must be {(b, t, h, *last)}"
+      )
   if 0 in (b, t, h, d, m, width):
     raise ValueError(f"B, T, H, D, V, M are {(b, t, h, d, width, m)}; each must be >= 1")
   _check_segments(segment_ids, b, t)

@@ -53,6 +53,16 @@ _take.defvjp(
 )
 
 
+def runs_of(segment, before):
+  """Returns the number of restarts up to each token [B T]; `before` [B] is the id ahead of them.
+
+  Padding (id 0) may stand at the end only, as `Grid.spread` leaves it.
+  """
+  before = jnp.concatenate([before[:, None], segment[:, :-1]], axis=1)
+  restart = (segment != 0) & (before != 0) & (segment != before)
+  return jnp.cumsum(restart, axis=1, dtype=jnp.int32)
+
+
 def rows_of(grid: Grid | None, segment, state: TrellisState, num_tokens: int, chunk: int):
   """Returns (`Rows` on the grid, final offset [B], final segment [B]).
 
@@ -72,9 +82,7 @@ def rows_of(grid: Grid | None, segment, state: TrellisState, num_tokens: int, ch
     # Slots before the offset belong to what the state has seen.
     seen = jnp.arange(slots.shape[1])[None] < offset[:, None]
     slots = jnp.where(seen, state.segment[:, None], slots)
-    before = jnp.concatenate([state.segment[:, None], slots[:, :-1]], axis=1)
-    restart = (slots != 0) & (before != 0) & (slots != before)
-    run = jnp.cumsum(restart, axis=1, dtype=jnp.int32)
+    run = runs_of(slots, state.segment)
     count = jnp.sum(segment != 0, axis=1, dtype=jnp.int32)
     end = offset + count
     final = jnp.take_along_axis(slots, jnp.maximum(end - 1, 0)[:, None], axis=1)[:, 0]

@@ -1,0 +1,339 @@
+r"""The Trellis mixer (paper, section 3 and Fig. 1).
+
+For an input x [B, T, width], per head:
+
+  h      = W_qk x                            one map for queries and keys
+  q, k   = unit(silu(conv_q h)), unit(silu(conv_k h))
+  v      = unit(act(W_v x))
+  a      = phi(W_a x)                        target codes
+  b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`
+  g      = step_scale sigmoid(w_g x + c_g)   inner step, starting near `step_init`
+  o      = trellis(q, k, v, a, log b, g)
+  y      = W_o (norm(o) * gelu(W_gate x))
+
+The paper leaves several of these open; each is a knob of `Config`, and `literal()` is the most
+literal reading. Inside a chunk all inner gradients are taken at one point, so C tokens with
+alike keys overshoot unless C g |w|^2 < 2: hence unit writes and steps that start at 1 / C.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trellis_jax import nn
+from trellis_jax.ops import activations
+from trellis_jax.ops.grid import Grid, runs_of
+from trellis_jax.ops.state import TrellisState
+from trellis_jax.ops.trellis import trellis
+from trellis_jax.typing import Array, Hidden, SegmentIds, Tokens
+
+_CHOICES = {
+  "target": ("phi", "linear", "layer_norm"),
+  "qk_norm": ("l2", "none"),
+  "v_norm": ("l2", "none"),
+  "conv_activation": ("silu", "gelu", "none"),
+  "v_activation": ("silu", "gelu", "none"),
+  "step_form": ("sigmoid", "softplus", "constant"),
+  "initial_memory": ("zeros", "learned"),
+  "gate": ("gelu", "silu", "none"),
+  "post_norm": ("rms", "head_rms", "none"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The knobs of the Trellis mixer.
+
+  Attributes:
+    num_slots: M, slots of each memory.
+    chunk_size: C, tokens whose inner gradients share one memory; 1 is the exact recurrence.
+    head_dim: D, key width of a head; 0 is width / num_heads.
+    value_dim: V, value width of a head; 0 is head_dim.
+    phi: activation of the compression loss; phi_eps: eps of its normaliser.
+    f: activation between the passes; phi_out: of the read; eps: eps of both.
+    target: "phi" puts alpha = phi(W_a x) in phi's range, "linear" is W_a x, "layer_norm" LN(W_a x).
+    share_qk: one linear map for q and k (Fig. 1), or one each.
+    conv_taps: K of the short convolutions on q and k; 1 is none.
+    conv_activation, v_activation: after the convolutions, on v.
+    qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
+    forget: whether there is a forget gate; forget_init: its value on the built model.
+    step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
+    step_init: inner step on the built model, 0 for 1 / C; step_scale: factor of the sigmoid.
+    initial_memory: what a sequence starts from; memory_std: of a learned one at the start.
+    outer_gradient: rho of the op.
+    gate: activation of the output gate; post_norm: over all heads, each head, or none.
+  """
+
+  num_slots: int = 64
+  chunk_size: int = 16
+  head_dim: int = 0
+  value_dim: int = 0
+  phi: str = "ln_silu"
+  phi_eps: float = 1.0
+  f: str = "ln_silu"
+  phi_out: str = "ln_silu"
+  eps: float = 1e-5
+  target: str = "phi"
+  share_qk: bool = True
+  conv_taps: int = 4
+  conv_activation: str = "silu"
+  v_activation: str = "none"
+  qk_norm: str = "l2"
+  v_norm: str = "l2"
+  forget: bool = True
+  forget_init: float = 0.98
+  step_form: str = "sigmoid"
+  step_init: float = 0.0
+  step_scale: float = 1.0
+  initial_memory: str = "zeros"
+  memory_std: float = 0.02
+  outer_gradient: float = 1.0
+  gate: str = "gelu"
+  post_norm: str = "rms"
+
+  def __post_init__(self):
+    for role in ("phi", "f", "phi_out"):
+      activations.check(getattr(self, role), role)
+    for role, accepted in _CHOICES.items():
+      if getattr(self, role) not in accepted:
+        raise ValueError(
+          f"{role}={getattr(self, role)!r} is unknown; accepted are {', '.join(accepted)}"
+        )
+    for role in ("num_slots", "chunk_size", "conv_taps"):
+      if getattr(self, role) < 1:
+        raise ValueError(f"{role}={getattr(self, role)} is not accepted; it must be >= 1")
+    if not 0 < self.forget_init < 1:
+      raise ValueError(f"forget_init={self.forget_init} is not accepted; it lies in (0, 1)")
+    if not 0 <= self.outer_gradient <= 1:
+      raise ValueError(f"outer_gradient={self.outer_gradient} is not accepted; it lies in [0, 1]")
+    if self.step_init < 0 or (self.step_form == "sigmoid" and self.start_step >= self.step_scale):
+      raise ValueError(
+        f"step_init={self.start_step} is not accepted; it lies in (0, step_scale={self.step_scale})"
+      )
+
+  @property
+  def start_step(self) -> float:
+    """The inner step on the built model."""
+    if self.step_init:
+      return self.step_init
+    return 1 / self.chunk_size if self.chunk_size > 1 else 0.5
+
+  @classmethod
+  def literal(cls, **knobs) -> "Config":
+    """The most literal reading of the paper: raw targets, writes as they come, eps 1e-5 in phi."""
+    plain = dict(phi_eps=1e-5, target="linear", v_activation="silu", qk_norm="none", v_norm="none")
+    return cls(**(plain | knobs))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """memory: of the op; taps: the short convolutions' last K - 1 inputs [B, K-1, W]."""
+
+  memory: TrellisState
+  taps: Array
+
+
+class Mixer(nnx.Module):
+  """The Trellis mixer; see the module's equations."""
+
+  def __init__(
+    self,
+    width: int,
+    num_heads: int,
+    config: Config | None = None,
+    *,
+    out_features: int | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    init_std: float | None = None,
+    out_scale: float = 1.0,
+    precision: jax.lax.PrecisionLike = None,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the parameters.
+
+    Args:
+      width: of the input.
+      num_heads: H.
+      config: the knobs.
+      out_features: width of the output; None is `width`.
+      dtype: of the computation outside of the memories, which are fp32.
+      param_dtype: of the parameters.
+      init_std: of the projections; None is inputs**-0.5.
+      out_scale: factor on the output map's initial values.
+      precision: of the op's matrix products.
+      rngs: of the initial values.
+    """
+    c = self.config = config or Config()
+    if width % num_heads and not c.head_dim:
+      raise ValueError(f"width={width} does not divide into num_heads={num_heads}; set head_dim")
+    self.width, self.num_heads, self.precision, self.dtype = width, num_heads, precision, dtype
+    d = self.head_dim = c.head_dim or width // num_heads
+    v = self.value_dim = c.value_dim or d
+    kw = dict(dtype=dtype, param_dtype=param_dtype)
+    project = lambda n: nn.linear(width, num_heads * n, init_std=init_std, rngs=rngs, **kw)
+    self.qk = project(d if c.share_qk else 2 * d)
+    if c.conv_taps > 1:
+      conv = lambda: nn.ShortConv(num_heads * d, c.conv_taps, activation=c.conv_activation, **kw)
+      self.conv_q, self.conv_k = conv(), conv()
+    self.v, self.alpha = project(v), project(c.num_slots)
+    gates = c.forget + (c.step_form != "constant")
+    if gates:
+      # Narrow and near zero, so that the gates start at their biases.
+      self.gates = nn.linear(width, gates * num_heads, init_std=0.2 * width**-0.5, rngs=rngs, **kw)
+    if c.forget:
+      start = math.log(c.forget_init / (1 - c.forget_init))
+      self.forget_bias = nnx.Param(jnp.full((num_heads,), start, param_dtype))
+    self.step_bias = nnx.Param(jnp.full((num_heads,), self._step_bias(), param_dtype))
+    if c.initial_memory == "learned":
+      start = lambda n: c.memory_std * rngs.params.normal((num_heads, c.num_slots, n), param_dtype)
+      self.memory_k, self.memory_v = nnx.Param(start(d)), nnx.Param(start(v))
+    if c.gate != "none":
+      self.gate = project(v)
+    if c.post_norm != "none":
+      norm_width = v if c.post_norm == "head_rms" else num_heads * v
+      self.norm = nnx.RMSNorm(norm_width, epsilon=1e-6, rngs=rngs, **kw)
+    std = ((num_heads * v) ** -0.5 if init_std is None else init_std) * out_scale
+    self.out = nn.linear(num_heads * v, out_features or width, init_std=std, rngs=rngs, **kw)
+
+  def _step_bias(self) -> float:
+    c = self.config
+    if c.step_form == "sigmoid":
+      return -math.log(c.step_scale / c.start_step - 1)
+    return math.log(math.expm1(c.start_step))
+
+  def __call__(
+    self,
+    x: Hidden,
+    state: State | None = None,
+    *,
+    segment_ids: SegmentIds | None = None,
+    positions: Tokens | None = None,
+    implementation: str | None = None,
+  ) -> tuple[Hidden, State]:
+    """Mixes the tokens of x; see `base.MixerProtocol`. Positions are not used."""
+    if segment_ids is None or x.shape[1] == 1:
+      return self._mix(x, state, segment_ids, implementation)
+    # Padding does not exist: the convolutions too see the live tokens side by side.
+    grid = Grid.of(segment_ids != 0, jnp.zeros((x.shape[0],), jnp.int32), x.shape[1])
+    y, state = self._mix(grid.spread(x), state, grid.spread(segment_ids), implementation)
+    return grid.collect(y), state
+
+  def _mix(self, x, state, segment_ids, implementation):
+    c = self.config
+    inputs, taps = self.op_inputs(x, state, segment_ids)
+    o, memory = trellis(
+      *inputs,
+      initial_memory=self.initial_memory(),
+      initial_state=None if state is None else state.memory,
+      segment_ids=segment_ids,
+      implementation=implementation,
+      **self.op_knobs(),
+    )
+    o = o.astype(self.dtype)
+    if c.post_norm == "head_rms":
+      o = self.norm(o)
+    o = o.reshape(*o.shape[:2], -1)
+    if c.post_norm == "rms":
+      o = self.norm(o)
+    if c.gate != "none":
+      o = o * getattr(jax.nn, c.gate)(self.gate(x))
+    return self.out(o), State(memory, taps)
+
+  def op_knobs(self) -> dict[str, Any]:
+    """Returns the op's static keyword arguments."""
+    names = ("phi", "f", "phi_out", "phi_eps", "eps", "chunk_size", "outer_gradient")
+    return {n: getattr(self.config, n) for n in names} | {"precision": self.precision}
+
+  def initial_memory(self):
+    """Returns the learned (S_k, S_v), or None for zeros."""
+    if self.config.initial_memory == "zeros":
+      return None
+    return self.memory_k[...], self.memory_v[...]
+
+  def op_inputs(self, x, state: State | None = None, segment_ids=None):
+    """Returns ((q, k, v, alpha, log_beta, gamma), the convolutions' next taps) for inputs x."""
+    c = self.config
+    heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
+    state = state or self.init_state(x.shape[0])
+    run = count = None
+    if segment_ids is not None:
+      run = runs_of(segment_ids, state.memory.segment)
+      count = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    h = self.qk(x)
+    q, k = (h, h) if c.share_qk else jnp.split(h, 2, axis=-1)
+    if c.conv_taps > 1:
+      before = state.taps
+      bq, bk = (before, before) if c.share_qk else jnp.split(before, 2, axis=-1)
+      q, k = self.conv_q(q, bq, run), self.conv_k(k, bk, run)
+    taps = nn.last_taps(h, state.taps, run, count)
+    v = self.v(x)
+    if c.v_activation != "none":
+      v = getattr(jax.nn, c.v_activation)(v)
+    q, k, v, alpha = heads(q), heads(k), heads(v), heads(self.alpha(x))
+    if c.qk_norm == "l2":
+      q, k = nn.unit(q), nn.unit(k)
+    if c.v_norm == "l2":
+      v = nn.unit(v)
+    return (q, k, v, self._targets(alpha), *self._gates(x)), taps
+
+  def _targets(self, alpha):
+    c = self.config
+    if c.target == "linear":
+      return alpha
+    wide = alpha.astype(jnp.promote_types(alpha.dtype, jnp.float32))
+    if c.target == "phi":
+      return activations.activate(c.phi, c.phi_eps, wide).astype(alpha.dtype)
+    return jax.nn.standardize(wide, axis=-1, epsilon=c.eps).astype(alpha.dtype)
+
+  def _gates(self, x):
+    """Returns (log_beta, gamma) [B, T, H] in fp32."""
+    c = self.config
+    shape = (*x.shape[:2], self.num_heads)
+    raw = []
+    if c.forget or c.step_form != "constant":
+      gates = self.gates(x).astype(jnp.float32)
+      raw = jnp.split(gates, gates.shape[-1] // self.num_heads, axis=-1)
+    log_beta = jnp.zeros(shape, jnp.float32)
+    if c.forget:
+      log_beta = jax.nn.log_sigmoid(raw.pop(0) + self.forget_bias[...][None, None])
+    bias = self.step_bias[...][None, None].astype(jnp.float32)
+    if c.step_form == "constant":
+      return log_beta, jnp.broadcast_to(jax.nn.softplus(bias), shape)
+    if c.step_form == "softplus":
+      return log_beta, jax.nn.softplus(raw.pop(0) + bias)
+    return log_beta, c.step_scale * jax.nn.sigmoid(raw.pop(0) + bias)
+
+  def init_state(self, batch: int) -> State:
+    """Returns the state of `batch` rows before their first token."""
+    c = self.config
+    shape = lambda n: (self.num_heads, c.num_slots, n)
+    memory = self.initial_memory() or (
+      jnp.zeros(shape(self.head_dim)),
+      jnp.zeros(shape(self.value_dim)),
+    )
+    memory = tuple(s.astype(jnp.promote_types(s.dtype, jnp.float32)) for s in memory)
+    taps = jnp.zeros((batch, c.conv_taps - 1, self.qk.out_features), self.dtype)
+    return State(TrellisState.fresh(memory, batch, c.chunk_size), taps)
+
+  def flops(self, num_tokens: int) -> int:
+    """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head."""
+    c, d, v = self.config, self.head_dim, self.value_dim
+    m, chunk = c.num_slots, c.chunk_size
+    maps = self.qk.in_features * (
+      self.qk.out_features + self.num_heads * (v + m + 2 + (c.gate != "none") * v)
+    )
+    maps += self.out.in_features * self.out.out_features
+    memory = 3 * m * (d + v) + chunk * (d + m) + chunk * (m + v)
+    return 2 * num_tokens * (maps + self.num_heads * memory)
+
+  def state_size(self) -> int:
+    """Returns the numbers one row carries: memories, chunk-start memories for C > 1, taps."""
+    memory = self.num_heads * self.config.num_slots * (self.head_dim + self.value_dim)
+    taps = (self.config.conv_taps - 1) * self.qk.out_features
+    return memory * (1 if self.config.chunk_size == 1 else 2) + taps

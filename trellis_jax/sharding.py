@@ -1,0 +1,49 @@
+"""Where parameters live on a mesh with the axes data, fsdp and model.
+
+Matrices are split twice: the side that multiplies heads, slots, hidden units or vocabulary over
+`model`, the residual stream's side over `fsdp`. Vectors are whole on every device.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+# The last part of a parameter's path -> axes of its last dimensions.
+_RULES = (
+  (r"embedding$", ("model", "fsdp")),
+  (r"(^|/)head$", ("fsdp", "model")),
+  (r"gates/kernel$", ("fsdp", None)),
+  (r"conv_\w+/kernel$", (None, "model")),
+  (r"(out|down)/kernel$", ("model", "fsdp")),
+  (r"kernel$", ("fsdp", "model")),
+  (r"memory_[kv]$", ("model", None, None)),
+)
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+  """Returns a key path of `jax.tree_util` as names joined by slashes, without `value` wrappers."""
+  names = (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+  return "/".join(n for n in names if n not in ("value", "raw_value"))
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> P:
+  """Returns the PartitionSpec of one parameter; an axis that does not divide it is left out."""
+  for pattern, axes in _RULES:
+    if re.search(pattern, path) and len(shape) >= len(axes):
+      spec = [None] * (len(shape) - len(axes)) + list(axes)
+      sizes = dict(mesh.shape)
+      fits = lambda n, axis: axis in sizes and n % sizes[axis] == 0
+      return P(*(a if a and fits(n, a) else None for n, a in zip(shape, spec)))
+  return P()
+
+
+def param_specs(params: Any, mesh: Any) -> Any:
+  """Returns a pytree of PartitionSpec for (abstract) parameters, of the same structure."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: param_spec(path_of(path), x.shape, mesh), params
+  )
+
+
+BATCH = P(("data", "fsdp"))
