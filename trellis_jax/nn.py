@@ -15,9 +15,12 @@ def unit(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
 
 
 def linear(inputs: int, outputs: int, *, init_std: float | None = None, **kw) -> nnx.Linear:
-  """Returns a map without bias, initialised N(0, init_std), or N(0, 1 / inputs) for None."""
+  """Returns a map without bias, initialised N(0, init_std), or N(0, 1 / inputs) for None.
+
+  `kw` are nnx.Linear's; a `kernel_init` or `use_bias` there takes precedence.
+  """
   init = nnx.initializers.normal(inputs**-0.5 if init_std is None else init_std)
-  return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **kw)
+  return nnx.Linear(inputs, outputs, **({"use_bias": False, "kernel_init": init} | kw))
 
 
 class ShortConv(nnx.Module):

@@ -18,6 +18,8 @@ alike keys overshoot unless C g |w|^2 < 2: hence unit writes and steps that star
 
 import dataclasses
 import math
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -153,6 +155,8 @@ class Mixer(nnx.Module):
     init_std: float | None = None,
     out_scale: float = 1.0,
     precision: jax.lax.PrecisionLike = None,
+    projections: Mapping[str, Any] = types.MappingProxyType({}),
+    out_projection: Mapping[str, Any] = types.MappingProxyType({}),
     rngs: nnx.Rngs,
   ):
     """Builds the parameters.
@@ -167,6 +171,9 @@ class Mixer(nnx.Module):
       init_std: of the projections; None is inputs**-0.5.
       out_scale: factor on the output map's initial values.
       precision: of the op's matrix products.
+      projections: keywords of nnx.Linear for the maps of q, k, v, alpha and the output gate, on top
+        of the above (kernel_init, use_bias, dot_general, ...).
+      out_projection: the same for the output map.
       rngs: of the initial values.
     """
     c = self.config = config or Config()
@@ -176,7 +183,8 @@ class Mixer(nnx.Module):
     d = self.head_dim = c.head_dim or width // num_heads
     v = self.value_dim = c.value_dim or d
     kw = dict(dtype=dtype, param_dtype=param_dtype)
-    project = lambda n: nn.linear(width, num_heads * n, init_std=init_std, rngs=rngs, **kw)
+    maps = dict(init_std=init_std, rngs=rngs) | kw | projections
+    project = lambda n: nn.linear(width, num_heads * n, **maps)
     self.qk = project(d if c.share_qk else 2 * d)
     if c.conv_taps > 1:
       conv = lambda: nn.ShortConv(num_heads * d, c.conv_taps, activation=c.conv_activation, **kw)
@@ -199,7 +207,8 @@ class Mixer(nnx.Module):
       norm_width = v if c.post_norm == "head_rms" else num_heads * v
       self.norm = nnx.RMSNorm(norm_width, epsilon=1e-6, rngs=rngs, **kw)
     std = ((num_heads * v) ** -0.5 if init_std is None else init_std) * out_scale
-    self.out = nn.linear(num_heads * v, out_features or width, init_std=std, rngs=rngs, **kw)
+    out_map = dict(init_std=std, rngs=rngs) | kw | out_projection
+    self.out = nn.linear(num_heads * v, out_features or width, **out_map)
 
   def _step_bias(self) -> float:
     c = self.config
