@@ -1,4 +1,4 @@
-"""Packaging of trellis_jax (the library), pallas_kernels (its kernels) and experiments (training)."""
+"""Packaging: trellis_jax (the library), pallas_kernels (its kernels), experiments (training)."""
 
 import pathlib
 import re

@@ -1,9 +1,19 @@
 """Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
 
 from trellis_jax import mixers, sharding
+from trellis_jax.generate import generate
 from trellis_jax.model import LM, LMConfig
 from trellis_jax.ops.state import TrellisState
 from trellis_jax.ops.trellis import trellis
 from trellis_jax.version import __version__
 
-__all__ = ["LM", "LMConfig", "TrellisState", "__version__", "mixers", "sharding", "trellis"]
+__all__ = [
+  "LM",
+  "LMConfig",
+  "TrellisState",
+  "__version__",
+  "generate",
+  "mixers",
+  "sharding",
+  "trellis",
+]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import freeze
 
 from trellis_jax import mixers, nn
 from trellis_jax.typing import Array, Hidden, Logits, SegmentIds, Tokens
@@ -56,6 +57,10 @@ class LMConfig:
   param_dtype: str = "float32"
 
   def __post_init__(self):
+    # Hashable, as a static part of jitted functions must be.
+    object.__setattr__(self, "mixers", freeze({k: dict(v) for k, v in self.mixers.items()}))
+    if not isinstance(self.mixer, str):
+      object.__setattr__(self, "mixer", tuple(self.mixer))
     for field in ("vocab_size", "width", "num_layers", "num_heads"):
       value = getattr(self, field)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -72,7 +77,7 @@ class LMConfig:
   @property
   def pattern(self) -> tuple[str, ...]:
     """The mixers' names, one per layer of the repeated pattern."""
-    return (self.mixer,) if isinstance(self.mixer, str) else tuple(self.mixer)
+    return (self.mixer,) if isinstance(self.mixer, str) else self.mixer
 
   @property
   def hidden_width(self) -> int:
@@ -216,7 +221,7 @@ class LM(nnx.Module):
     return [(repeats, b) for b in self.repeated] + [(1, b) for b in self.rest]
 
   def flops(self, num_tokens: int) -> int:
-    """Returns the FLOPs of a forward over one row of T tokens, head included, 2 per multiply-add."""
+    """Returns a forward's FLOPs over one row of T tokens, head included, 2 per multiply-add."""
     cfg = self.cfg
     mlp = 6 * cfg.width * cfg.hidden_width * num_tokens
     layers = sum(n * (b.mixer.flops(num_tokens) + mlp) for n, b in self.blocks())

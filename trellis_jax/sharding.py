@@ -30,11 +30,11 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> P:
   """Returns the PartitionSpec of one parameter; an axis that does not divide it is left out."""
+  sizes = dict(mesh.shape)
+  fits = lambda n, axis: axis in sizes and n % sizes[axis] == 0
   for pattern, axes in _RULES:
     if re.search(pattern, path) and len(shape) >= len(axes):
       spec = [None] * (len(shape) - len(axes)) + list(axes)
-      sizes = dict(mesh.shape)
-      fits = lambda n, axis: axis in sizes and n % sizes[axis] == 0
       return P(*(a if a and fits(n, a) else None for n, a in zip(shape, spec)))
   return P()
 

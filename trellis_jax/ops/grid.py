@@ -24,7 +24,8 @@ class Grid(NamedTuple):
   def of(cls, live, offset, num_slots: int) -> "Grid":
     """Lays the live tokens [B T] of each row side by side, from its offset [B] on."""
     slot = jnp.where(live, offset[:, None] + jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, -1)
-    rows, time = jnp.arange(live.shape[0])[:, None], jnp.arange(live.shape[1])[None]
+    rows = jnp.arange(live.shape[0])[:, None]
+    time = jnp.arange(live.shape[1], dtype=jnp.int32)[None]
     empty = jnp.full((live.shape[0], num_slots), -1, jnp.int32)
     # Padding writes outside of the row, which drops it.
     token = empty.at[rows, jnp.where(live, slot, num_slots)].set(time, mode="drop")

@@ -1,0 +1,68 @@
+"""Random inputs of the op, and the distance between two results, shared by its tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trellis_jax import TrellisState
+
+
+def inputs(b=2, t=37, h=3, d=5, v=7, m=6, seed=0, dtype=np.float64):
+  """Returns ((q, k, v, alpha, log_beta, gamma), (S_k, S_v)) with M != D != V and odd T."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape)
+  arrays = (
+    normal(b, t, h, d) * d**-0.5,
+    normal(b, t, h, d) * d**-0.5,
+    normal(b, t, h, v) * v**-0.5,
+    normal(b, t, h, m),
+    -0.2 * np.abs(normal(b, t, h)),
+    0.2 / (1 + np.exp(-normal(b, t, h))),
+  )
+  memory = (0.5 * normal(h, m, d), 0.5 * normal(h, m, v))
+  cast = lambda x: jnp.asarray(x, dtype)
+  return jax.tree.map(cast, arrays), jax.tree.map(cast, memory)
+
+
+def state(arrays, chunk_size, seed=1):
+  """Returns a state that rows could be in: midway in a chunk (row 0) and at its start (row 1)."""
+  rng = np.random.default_rng(seed)
+  q, _, v, alpha = arrays[:4]
+  (b, _, h, d), m, dtype = q.shape, alpha.shape[-1], q.dtype
+  normal = lambda n: jnp.asarray(0.5 * rng.normal(size=(b, h, m, n)), dtype)
+  s_k, s_v, a_k, a_v = normal(d), normal(v.shape[-1]), normal(d), normal(v.shape[-1])
+  offset = jnp.asarray([min(3, chunk_size - 1), 0], jnp.int32)
+  if chunk_size == 1:
+    a_k = a_v = None
+  else:
+    at_start = (offset == 0)[:, None, None, None]
+    a_k, a_v = jnp.where(at_start, s_k, a_k), jnp.where(at_start, s_v, a_v)
+  return TrellisState(s_k, s_v, a_k, a_v, offset, jnp.asarray([1, 7], jnp.int32))
+
+
+def packed(t=37):
+  """Returns segment ids [2, T]: restarts inside chunks, padding in front, between and behind."""
+  rows = ([1] * 5 + [0] * 3 + [2] * 9 + [3] * 14, [0] * 4 + [7] * 23 + [8] * 7)
+  return jnp.asarray([r + [0] * (t - len(r)) for r in rows], jnp.int32)
+
+
+def scalar(o, final):
+  """Returns a smooth number that depends on every output and every float of the final state."""
+  total = 0.0
+  for i, x in enumerate(jax.tree.leaves((o, final))):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
+      total = total + jnp.sum(jnp.sin(x * (1 + 0.1 * i) + jnp.arange(x.size, dtype=x.dtype)))
+  return total
+
+
+def distance(x, y):
+  """Returns the largest |x - y| / |y| over a pytree's leaves, in the l2 norm of each leaf."""
+  worst = 0.0
+  for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    assert np.all(np.isfinite(a)), "not finite"
+    scale = np.linalg.norm(b)
+    worst = max(worst, np.linalg.norm(a - b) / scale if scale else np.linalg.norm(a))
+  return worst
