@@ -1,6 +1,6 @@
 """Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
 
-from trellis_jax import mixers, sharding
+from trellis_jax import inspect, mixers, sharding
 from trellis_jax.generate import generate
 from trellis_jax.model import LM, LMConfig
 from trellis_jax.ops.state import TrellisState
@@ -13,6 +13,7 @@ __all__ = [
   "TrellisState",
   "__version__",
   "generate",
+  "inspect",
   "mixers",
   "sharding",
   "trellis",

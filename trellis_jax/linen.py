@@ -84,6 +84,7 @@ class TrellisAttention(nn.Module):
       name="layer",
       **fields | dict(self.knobs),
     )
+    nn.share_scope(self, layer)  # so that the variables' paths are those of the nnx layer
     cached = self.variables.get("cache") if self.decode else None
     if cached and initial_state is not None:
       raise ValueError(

@@ -1,0 +1,127 @@
+r"""What happens inside the memories: gates, inner losses around each write, norms, ranks.
+
+The trace runs the mixer's tokens through the definition of the op, one at a time, beside the
+model's own forward; training never pays for it. Per token and head, for w = k with S_k and w = v
+with S_v, and S- and S+ the memory before and after the token's write:
+
+  loss_before = |phi(S- w) - a|^2 / 2,    loss_after = |phi(S+ w) - a|^2 / 2    (paper, eq. 4)
+
+The effective rank of a memory is exp(-sum p log p), p its singular values divided by their sum.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from trellis_jax.mixers import trellis as trellis_mixer
+from trellis_jax.ops import activations, reference
+from trellis_jax.ops.spec import Spec
+from trellis_jax.typing import Array, Hidden, SegmentIds, Tokens
+
+Trace = dict[str, Array]
+
+
+def trace_lm(
+  lm: Any, tokens: Tokens, *, segment_ids: SegmentIds | None = None, every: int = 64
+) -> list[Trace]:
+  """Returns the trace of each layer, in order; {} for layers of another mixer.
+
+  Args:
+    lm: a `trellis_jax.LM`.
+    tokens: [B, T].
+    segment_ids: [B, T] documents, 0 is padding.
+    every: tokens between two snapshots of the memories; divides T.
+  """
+
+  def run(block, x, _):
+    trace = {}
+    if isinstance(block.mixer, trellis_mixer.Mixer):
+      trace = trace_mixer(block.mixer, block.mixer_norm(x), segment_ids=segment_ids, every=every)
+    return block(x, segment_ids=segment_ids)[0], trace
+
+  _, (repeated, rest) = jax.jit(lambda x: lm.over_layers(run, x))(lm.embed(tokens))
+  traces = []
+  repeats = lm.cfg.num_layers // len(lm.cfg.pattern)
+  for i in range(repeats):
+    traces += [jax.tree.map(lambda x: x[i], trace) for trace in repeated]
+  return [*traces, *rest]
+
+
+def trace_mixer(
+  mixer: trellis_mixer.Mixer,
+  x: Hidden,
+  *,
+  segment_ids: SegmentIds | None = None,
+  every: int = 64,
+) -> Trace:
+  """Returns what the mixer does on fresh rows x.
+
+  Per token [B, T, H]: forget_gate, step_size, target_norm, loss_before_k, loss_after_k,
+  loss_before_v, loss_after_v. Per snapshot [B, T / every, H]: norm_k, norm_v, rank_k, rank_v.
+  The snapshots themselves: memory_k [B, T / every, H, M, D], memory_v [.., M, V].
+
+  Raises:
+    ValueError: `every` does not divide T.
+  """
+  length = x.shape[1]
+  if every < 1 or length % every:
+    raise ValueError(f"every={every} is not accepted; it must divide the {length} tokens")
+  spec = Spec(**mixer.op_knobs()).check()
+  start = mixer.init_state(x.shape[0]).memory
+  memory = mixer.initial_memory() or (
+    jnp.zeros_like(start.memory_k[0]),
+    jnp.zeros_like(start.memory_v[0]),
+  )
+  arrays, _ = mixer.op_inputs(x, segment_ids=segment_ids)
+  ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+  wide = jax.tree.map(lambda y: y.astype(start.memory_k.dtype), arrays)
+
+  def token(state, xs):
+    before = _losses(spec, state, xs)
+    state, _ = reference.step(spec, memory, state, xs)
+    return state, before + _losses(spec, state, xs)
+
+  def stretch(state, xs):
+    state, losses = jax.lax.scan(token, state, xs)
+    return state, (losses, state.memory_k, state.memory_v)
+
+  time_major = tuple(
+    jnp.moveaxis(y, 1, 0).reshape(-1, every, y.shape[0], *y.shape[2:]) for y in (*wide, ids)
+  )
+  _, (losses, memory_k, memory_v) = jax.lax.scan(stretch, start, time_major)
+  names = ("loss_before_k", "loss_before_v", "loss_after_k", "loss_after_v")
+  rows_first = lambda y: jnp.moveaxis(y.reshape(-1, *y.shape[2:]), 0, 1)
+  trace = {name: rows_first(loss) for name, loss in zip(names, losses)}
+  _, _, _, alpha, log_beta, gamma = wide
+  trace |= {
+    "forget_gate": jnp.exp(log_beta),
+    "step_size": gamma,
+    "target_norm": jnp.linalg.norm(alpha, axis=-1),
+  }
+  for name, s in (("k", memory_k), ("v", memory_v)):
+    s = trace[f"memory_{name}"] = jnp.moveaxis(s, 0, 1)
+    trace[f"norm_{name}"] = jnp.sqrt(jnp.sum(s * s, axis=(-2, -1)))
+    trace[f"rank_{name}"] = effective_rank(s)
+  return trace
+
+
+def effective_rank(s: Float[Array, "... M W"]) -> Float[Array, "..."]:
+  """Returns the effective rank of each matrix, in [1, min(M, W)]; 1 for a zero matrix."""
+  values = jnp.linalg.svd(s, compute_uv=False)
+  total = jnp.sum(values, axis=-1, keepdims=True)
+  p = values / jnp.where(total > 0, total, 1)
+  return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1))
+
+
+def _losses(spec, state, xs):
+  """Returns the compression losses (key, value) [B, H] of a token at the running memories."""
+  _, k, v, alpha, *_ = xs
+
+  def loss(s, w):
+    z = jnp.einsum("bhmw,bhw->bhm", s, w, precision=spec.precision)
+    error = activations.apply(spec.phi, z, spec.phi_eps) - alpha
+    return 0.5 * jnp.sum(error * error, axis=-1)
+
+  return loss(state.memory_k, k), loss(state.memory_v, v)
