@@ -21,8 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 import tabulate
-from absl import app, logging
-from ml_collections import config_flags
+from absl import logging
 
 from experiments import corpus as corpus_lib
 from experiments import tokenise
@@ -346,22 +345,17 @@ def main(config) -> None:
   print(tabulate.tabulate(table, columns, intfmt=",", floatfmt=".3f"))
 
 
-def run_command(command: Callable[[Any], None]) -> None:
-  """Calls command(config) with --config; a UserError becomes one sentence and exit code 2."""
-  default = pathlib.Path(__file__).parent / "configs" / "default.py"
-  flag = config_flags.DEFINE_config_file("config", str(default))
+def run_command(command: Callable[[Any], None]) -> int:
+  """Calls command(config) for the command line; a UserError is one sentence and exit code 2."""
+  from experiments import config  # which imports this module
 
-  def run(argv) -> int:
-    del argv
-    try:
-      command(flag.value)
-    except UserError as e:
-      print(f"error: {e}", file=sys.stderr)
-      return 2
-    return 0
-
-  app.run(run)
+  try:
+    command(config.parse(sys.argv))
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  return 0
 
 
 if __name__ == "__main__":
-  run_command(main)
+  sys.exit(run_command(main))

@@ -529,10 +529,12 @@ def test_command_turns_a_mistake_into_one_sentence_and_exit_code_2(config, tmp_p
     f"  return ml_collections.ConfigDict({{'data': {vars(config)!r}}})\n"
   )
   command = [sys.executable, "-m", "experiments.data", f"--config={tmp_path / 'config.py'}"]
-  out = subprocess.run(
-    [*command, "--config.data.path=/absent"], cwd=ROOT, capture_output=True, text=True
-  )
-  assert (out.returncode, out.stdout) == (2, "")
-  assert out.stderr == "error: data.path: '/absent' does not exist\n"
+  for mistake, sentence in (
+    ("--config.data.path=/absent", "error: data.path: '/absent' does not exist\n"),
+    ("--config.data.pat=/absent", "error: config.data.pat is no field of the config; did you mean"),
+  ):
+    out = subprocess.run([*command, mistake], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith(sentence) and out.stderr.count("\n") == 1
   out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert out.returncode == 0 and "bytes/token" in out.stdout

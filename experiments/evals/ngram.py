@@ -17,6 +17,7 @@ xz is the size of the held-out bytes alone under `xz -9e`, in bits per byte of t
 """
 
 import lzma
+import sys
 
 import numpy as np
 import tabulate
@@ -122,4 +123,4 @@ def main(config) -> None:
 
 
 if __name__ == "__main__":
-  data.run_command(main)
+  sys.exit(data.run_command(main))
