@@ -1,6 +1,7 @@
 """Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
 
 from trellis_jax import inspect, mixers, sharding
+from trellis_jax.attention import TrellisAttention
 from trellis_jax.generate import generate
 from trellis_jax.model import LM, LMConfig
 from trellis_jax.ops.state import TrellisState
@@ -10,6 +11,7 @@ from trellis_jax.version import __version__
 __all__ = [
   "LM",
   "LMConfig",
+  "TrellisAttention",
   "TrellisState",
   "__version__",
   "generate",

@@ -11,22 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
-from trellis_jax import masks, mixers
+from trellis_jax import attention_checks, inspect, masks, mixers
 from trellis_jax.mixers.trellis import Mixer, State
 from trellis_jax.typing import Array
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
-_NO_NORM = "the knob qk_norm makes q and k of length 1, so leave it out"
-# What only softmax attention has: the keyword's one value, and what to do instead.
-_FIXED = {
-  "attention_fn": (None, "the attention is trellis_jax.trellis, so leave it out"),
-  "normalize_qk": (False, _NO_NORM),
-  "ln_promote_dtype": (None, _NO_NORM),
-  "query_ln_scale_metadata": (_NONE, _NO_NORM),
-  "key_ln_scale_metadata": (_NONE, _NO_NORM),
-  "qkv_dot_general_cls": (None, "pass the function as qkv_dot_general"),
-  "out_dot_general_cls": (None, "pass the function as out_dot_general"),
-}
 
 
 class TrellisAttention(nnx.Module):
@@ -113,7 +102,7 @@ class TrellisAttention(nnx.Module):
     **knobs: Any,
   ):
     given = locals()
-    _check_keywords(given)
+    attention_checks.check_keywords(given)
     knobs |= {"num_slots": num_slots, "chunk_size": chunk_size}
     if qkv_features is not None:
       knobs["head_dim"] = qkv_features // num_heads
@@ -169,8 +158,9 @@ class TrellisAttention(nnx.Module):
         if it were not there.
       deterministic: whether to leave out the dropout; goes before the constructor's.
       rngs: of the dropout; goes before the constructor's.
-      sow_weights: whether to sow the forget gate and the inner step, which are what this layer
-        has for attention weights, as `nnx.Intermediate`.
+      sow_weights: whether to sow as `nnx.Intermediate`, in the place of attention weights, what
+        `inspect.trace_mixer` returns: per token the gates and the inner losses before and after
+        its write, [*batch, T, H], and the memories' norms and ranks at the end, [*batch, H].
       decode: whether to go on from the cache and write it; goes before the constructor's.
       is_causal: True.
       segment_ids: documents of packed rows; nothing crosses a change of id, 0 is padding.
@@ -184,13 +174,13 @@ class TrellisAttention(nnx.Module):
       ValueError: an argument cannot be served; the message says why, and what to pass.
     """
     decode = self.decode if decode is None else decode
-    _check_call(inputs_q, inputs_k, inputs_v, is_causal, self.in_features)
+    attention_checks.check_call(inputs_q, inputs_k, inputs_v, is_causal, self.in_features)
     shape = inputs_q.shape[:-1]
     state = self._entry(math.prod(shape[:-1]), decode, initial_state)
     ids = self._segments(shape, mask, segment_ids, state)
     x = inputs_q.reshape(-1, shape[-1], self.in_features)
     if sow_weights:
-      self._sow(x, shape)
+      self._sow(x, state, ids, shape)
     y, state = self.mixer(x, state, segment_ids=ids, implementation=implementation)
     if ids is not None:
       y = jnp.where((ids != 0)[..., None], y, 0)
@@ -255,7 +245,16 @@ class TrellisAttention(nnx.Module):
         f"{name} has taps of shape {state.taps.shape}; for {rows} rows of inputs, batch axes in "
         f"one, this layer takes {taps}"
       )
-    return state
+    return self._renewed(state) if decode else state
+
+  def _renewed(self, state):
+    """Returns the state with the initial memory of today in rows that have seen no token."""
+    if self.mixer.config.initial_memory == "zeros":
+      return state
+    new = state.memory.segment == 0
+    rows = lambda x: new.reshape(-1, *(1,) * (x.ndim - 1))
+    fresh = self.mixer.init_state(len(new))
+    return jax.tree.map(lambda x, y: jnp.where(rows(x), y.astype(x.dtype), x), state, fresh)
 
   def _segments(self, shape, mask, segment_ids, state):
     """Returns ids [rows, T] that join the mask's padding with the segments, None for neither."""
@@ -270,40 +269,19 @@ class TrellisAttention(nnx.Module):
       ids = 1 if state is None else jnp.maximum(state.memory.segment, 1)[:, None]
     return jnp.where(live, ids, 0)
 
-  def _sow(self, x, shape):
-    (*_, log_beta, gamma), _ = self.mixer.op_inputs(x)
-    for name, gate in (("forget_gate", jnp.exp(log_beta)), ("step_size", gamma)):
-      self.sow(nnx.Intermediate, name, gate.reshape(*shape, self.num_heads))
+  def _sow(self, x, state, ids, shape):
+    """Sows the gates and inner losses of each token, and the memories' norms after the last."""
+    length = shape[-1]
+    trace = inspect.trace_mixer(self.mixer, x, state=state, segment_ids=ids, every=length)
+    for name, value in trace.items():
+      if name.startswith(("norm_", "rank_")):
+        self.sow(nnx.Intermediate, name, value.reshape(*shape[:-1], self.num_heads))
+      elif not name.startswith("memory_"):
+        self.sow(nnx.Intermediate, name, value.reshape(*shape, self.num_heads))
 
 
 def _is_variable(x):
   return isinstance(x, nnx.Variable)
-
-
-def _check_keywords(given):
-  """Raises ValueError for sizes that do not fit and for what only softmax attention has."""
-  for name in ("num_heads", "in_features", "qkv_features", "out_features"):
-    value = given[name]
-    optional = name in ("qkv_features", "out_features") and value is None
-    if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-      raise ValueError(f"{name}={value!r} is not accepted; it must be an integer >= 1")
-  heads, qkv = given["num_heads"], given["qkv_features"]
-  if qkv is not None and "head_dim" in given["knobs"]:
-    raise ValueError(f"qkv_features={qkv} already sets head_dim={qkv // heads}; give one of them")
-  wide = given["in_features"] if qkv is None else qkv
-  if "head_dim" not in given["knobs"] and wide % heads:
-    raise ValueError(f"qkv_features={wide} is not accepted; it must be a multiple of {heads} heads")
-  if not 0 <= given["dropout_rate"] < 1:
-    raise ValueError(f"dropout_rate={given['dropout_rate']} is not accepted; it lies in [0, 1)")
-  for name, same, why in (
-    ("num_kv_heads", "num_heads", "every head writes its own memory"),
-    ("in_kv_features", "in_features", "keys and values come from the inputs"),
-  ):
-    if given[name] not in (None, given[same]):
-      raise ValueError(f"{name}={given[name]!r} is not accepted, {given[same]} is; {why}")
-  for name, (accepted, fix) in _FIXED.items():
-    if given[name] != accepted:
-      raise ValueError(f"{name}={given[name]!r} is not accepted, {accepted!r} is; {fix}")
 
 
 def _linear_keywords(given, side):
@@ -314,23 +292,3 @@ def _linear_keywords(given, side):
     of |= {n: given[f"out_{n}"] or given[n] for n in names}
   of |= {n: given[f"{side}_{n}"] for n in ("promote_dtype", "dot_general")}
   return {n: value for n, value in of.items() if value is not None}
-
-
-def _check_call(inputs_q, inputs_k, inputs_v, is_causal, in_features):
-  """Raises ValueError unless this is causal self-attention over inputs [*batch, T, features]."""
-  for name, x in (("inputs_k", inputs_k), ("inputs_v", inputs_v)):
-    if x is not None and x is not inputs_q:
-      raise ValueError(
-        f"{name} of shape {x.shape} is not the array inputs_q; Trellis compresses the sequence it "
-        "reads, so call layer(inputs_q), and use nnx.MultiHeadAttention for cross-attention"
-      )
-  if not is_causal:
-    raise ValueError(
-      f"is_causal={is_causal} is not accepted, True is; the memory has seen the past alone, so "
-      "add a second layer over the reversed inputs"
-    )
-  if inputs_q.ndim < 2 or 0 in inputs_q.shape or inputs_q.shape[-1] != in_features:
-    raise ValueError(
-      f"inputs_q has shape {inputs_q.shape}; accepted is [*batch, T, {in_features}] with every "
-      "axis >= 1"
-    )

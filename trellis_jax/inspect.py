@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from trellis_jax.mixers import trellis as trellis_mixer
 from trellis_jax.ops import activations, reference
+from trellis_jax.ops.grid import Grid
 from trellis_jax.ops.spec import Spec
 from trellis_jax.typing import Array, Hidden, SegmentIds, Tokens
 
@@ -53,14 +54,16 @@ def trace_mixer(
   mixer: trellis_mixer.Mixer,
   x: Hidden,
   *,
+  state: trellis_mixer.State | None = None,
   segment_ids: SegmentIds | None = None,
   every: int = 64,
 ) -> Trace:
-  """Returns what the mixer does on fresh rows x.
+  """Returns what the mixer does on rows x, fresh or going on from a state.
 
   Per token [B, T, H]: forget_gate, step_size, target_norm, loss_before_k, loss_after_k,
   loss_before_v, loss_after_v. Per snapshot [B, T / every, H]: norm_k, norm_v, rank_k, rank_v.
-  The snapshots themselves: memory_k [B, T / every, H, M, D], memory_v [.., M, V].
+  The snapshots themselves: memory_k [B, T / every, H, M, D], memory_v [.., M, V]. Padding does not
+  exist: its tokens' values are 0, and snapshots count live tokens.
 
   Raises:
     ValueError: `every` does not divide T.
@@ -69,13 +72,16 @@ def trace_mixer(
   if every < 1 or length % every:
     raise ValueError(f"every={every} is not accepted; it must divide the {length} tokens")
   spec = Spec(**mixer.op_knobs()).check()
-  start = mixer.init_state(x.shape[0]).memory
+  start = (state or mixer.init_state(x.shape[0])).memory
   memory = mixer.initial_memory() or (
     jnp.zeros_like(start.memory_k[0]),
     jnp.zeros_like(start.memory_v[0]),
   )
-  arrays, _ = mixer.op_inputs(x, segment_ids=segment_ids)
-  ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+  ids = jnp.broadcast_to(jnp.maximum(start.segment, 1)[:, None], x.shape[:2])
+  if segment_ids is not None:
+    grid = Grid.of(segment_ids != 0, jnp.zeros((x.shape[0],), jnp.int32), length)
+    x, ids = grid.spread(x), grid.spread(segment_ids)
+  arrays, _ = mixer.op_inputs(x, state, None if segment_ids is None else ids)
   wide = jax.tree.map(lambda y: y.astype(start.memory_k.dtype), arrays)
 
   def token(state, xs):
@@ -100,6 +106,8 @@ def trace_mixer(
     "step_size": gamma,
     "target_norm": jnp.linalg.norm(alpha, axis=-1),
   }
+  if segment_ids is not None:
+    trace = jax.tree.map(grid.collect, trace)
   for name, s in (("k", memory_k), ("v", memory_v)):
     s = trace[f"memory_{name}"] = jnp.moveaxis(s, 0, 1)
     trace[f"norm_{name}"] = jnp.sqrt(jnp.sum(s * s, axis=(-2, -1)))

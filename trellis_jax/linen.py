@@ -1,6 +1,7 @@
 """`TrellisAttention` for Linen, in the place of `nn.MultiHeadDotProductAttention`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from jaxtyping import Float, Int, Shaped
 
 from trellis_jax import attention
 from trellis_jax.mixers.trellis import State
-from trellis_jax.ops.state import TrellisState
 from trellis_jax.typing import Array
 
 
@@ -75,22 +75,16 @@ class TrellisAttention(nn.Module):
       dropout_rng: key of the dropout; None takes the stream "dropout".
       sow_weights: sows into the collection "intermediates".
     """
-    own = ("parent", "name", "num_heads", "decode", "knobs")
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-    layer = nnx.bridge.to_linen(
-      attention.TrellisAttention,
-      self.num_heads,
-      inputs_q.shape[-1],
-      name="layer",
-      **fields | dict(self.knobs),
+    if self.decode and not self.is_mutable_collection("cache"):
+      raise ValueError("decode=True writes the collection 'cache'; apply with mutable=['cache']")
+    has_cache = self.decode or self.has_variable("cache", "cache")
+    layer = nnx.bridge.ToLinen(
+      functools.partial(_make, inputs_q.shape if has_cache else None),
+      args=(self.num_heads, inputs_q.shape[-1]),
+      kwargs=FrozenDict(_keywords(self)),
     )
-    nn.share_scope(self, layer)  # so that the variables' paths are those of the nnx layer
-    cached = self.variables.get("cache") if self.decode else None
-    if cached and initial_state is not None:
-      raise ValueError(
-        "initial_state is given with decode=True, which goes on from the cache; pass decode=False"
-      )
-    y, fresh, state = layer(
+    nn.share_scope(self, layer)  # The variables' paths are those of the nnx layer.
+    return layer(
       inputs_q,
       inputs_k,
       inputs_v,
@@ -101,26 +95,20 @@ class TrellisAttention(nn.Module):
       is_causal=is_causal,
       segment_ids=segment_ids,
       input_positions=input_positions,
-      initial_state=_to_state(cached) if cached else initial_state,
-      nnx_method=_call,
+      initial_state=initial_state,
+      return_state=return_state,
     )
-    if self.decode:
-      for name, x in _to_cache(fresh if self.is_initializing() else state).items():
-        self.put_variable("cache", name, x)
-    return (y, state) if return_state else y
 
 
-def _call(layer, inputs_q, *args, **kw):
-  """Returns (outputs, the state before any token, the state after the last one)."""
-  y, state = layer(inputs_q, *args, return_state=True, **kw)
-  return y, layer.init_state(inputs_q.shape), state
+def _keywords(module: TrellisAttention) -> dict[str, Any]:
+  own = ("parent", "name", "num_heads", "knobs")
+  fields = [f.name for f in dataclasses.fields(module) if f.name not in own]
+  return {name: getattr(module, name) for name in fields} | dict(module.knobs)
 
 
-def _to_cache(state: State) -> dict[str, Array]:
-  arrays = vars(state.memory) | {"taps": state.taps}
-  return {name: x for name, x in arrays.items() if x is not None}
-
-
-def _to_state(cache: Mapping[str, Array]) -> State:
-  memory = {f.name: cache.get(f.name) for f in dataclasses.fields(TrellisState)}
-  return State(TrellisState(**memory), cache["taps"])
+def _make(cache_for, *args, **kw):
+  """Returns the nnx layer, with a cache for inputs of shape `cache_for` unless that is None."""
+  layer = attention.TrellisAttention(*args, **kw)
+  if cache_for is not None:
+    layer.init_cache(cache_for)
+  return layer
