@@ -49,6 +49,8 @@ def live_tokens(
       f"mask has shape {mask.shape}; accepted are {shape} and {(*batch, 1, 1, length)}"
     )
   mask = mask.reshape((1,) * (len(scores) - mask.ndim) + mask.shape)
+  if not traced:
+    mask = _of_one_head(mask)
   if mask.shape[-3:-1] == (1, 1):
     return jnp.broadcast_to(jnp.asarray(mask[..., 0, 0, :], bool), shape)
   if traced:
@@ -56,8 +58,7 @@ def live_tokens(
       f"mask has shape {mask.shape} and is traced, so that nothing can tell whether it is a "
       f"padding mask; {_FIX}"
     )
-  heads = mask.shape[-3]
-  return jnp.asarray(_padding_of(np.broadcast_to(mask != 0, (*batch, heads, length, length))))
+  return jnp.asarray(_padding_of(np.broadcast_to(mask[..., 0, :, :] != 0, (*shape, length))))
 
 
 def _broadcasts(shape, target):
@@ -66,11 +67,15 @@ def _broadcasts(shape, target):
   return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 
 
-def _padding_of(mask):
-  """Returns p [*batch, T] of a mask [*batch, 1 or H, T, T] that is causal & p."""
+def _of_one_head(mask):
+  """Returns the mask of one head [..., 1, Q, K] of a mask that is the same for all."""
   if (mask != mask[..., :1, :, :]).any():
-    raise ValueError(f"mask differs between heads; accepted is one padding mask, so {_FIX}")
-  mask = mask[..., 0, :, :]
+    raise ValueError(f"mask differs between heads; accepted is one for all of them, so {_FIX}")
+  return mask[..., :1, :, :]
+
+
+def _padding_of(mask):
+  """Returns p [*batch, T] of a mask [*batch, T, T] that is causal & p."""
   causal = np.tri(mask.shape[-1], dtype=bool)
   if (later := np.argwhere(mask & ~causal)).size:
     query, key = later[0, -2:]
@@ -81,9 +86,13 @@ def _padding_of(mask):
   # A padded query may see the live tokens before it or nothing: it is not read.
   wrong = (mask != (causal & live[..., None, :])) & (live[..., None] | mask.any(-1, keepdims=True))
   if wrong.any():
-    query, key = np.argwhere(wrong)[0, -2:]
+    at = np.argwhere(wrong)[0]
+    query, key = at[-2:]
+    does, does_not = ("shows", "to"), ("hides", "from")
+    if not mask[tuple(at)]:
+      does, does_not = does_not, does
     raise ValueError(
-      f"mask shows token {key} to some of the tokens from it on, but not to token {query}; "
-      f"a memory forgets by its gates, not by masks, so {_FIX}"
+      f"mask {does[0]} token {key} {does[1]} token {query} and {does_not[0]} it {does_not[1]} "
+      f"itself; a memory forgets by its gates, not by masks, so {_FIX}"
     )
   return live
