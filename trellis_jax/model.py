@@ -38,6 +38,8 @@ class LMConfig:
     norm_eps: of the RMSNorms.
     init_std: of the projections; 0 is inputs**-0.5. What adds to the residual stream is scaled by
       1 / sqrt(2 num_layers) on top.
+    embed_std: of the embedding; 0 is 0.02 when tied, so that a token does not predict itself at
+      the start, and 1 when not.
     dtype: of the computation; memories, norms' statistics and logits' sums are fp32.
     param_dtype: of the parameters.
   """
@@ -53,6 +55,7 @@ class LMConfig:
   remat: str = "none"
   norm_eps: float = 1e-6
   init_std: float = 0.0
+  embed_std: float = 0.0
   dtype: str = "float32"
   param_dtype: str = "float32"
 
@@ -111,7 +114,7 @@ class LM(nnx.Module):
     """Builds the parameters; raises ValueError when a mixer refuses the sizes."""
     self.cfg = cfg
     dtype, param_dtype = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-    std = cfg.init_std or cfg.width**-0.5
+    std = cfg.embed_std or (0.02 if cfg.tie_embeddings else 1.0)
     shape = (cfg.vocab_size, cfg.width)
     self.embedding = nnx.Param(std * rngs.params.normal(shape, param_dtype))
     repeats, rest = divmod(cfg.num_layers, len(cfg.pattern))
@@ -169,9 +172,8 @@ class LM(nnx.Module):
     return self.norm(x), state
 
   def embed(self, tokens: Tokens) -> Hidden:
-    """Returns the tokens' embeddings, of unit variance with the default init."""
-    x = jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.dtype(self.cfg.dtype))
-    return x * jnp.asarray(self.cfg.width**0.5, x.dtype) if not self.cfg.init_std else x
+    """Returns the tokens' embeddings in the compute dtype."""
+    return jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.dtype(self.cfg.dtype))
 
   def head_kernel(self) -> Array:
     """Returns the head [width, vocab_size] in the compute dtype."""
