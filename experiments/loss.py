@@ -89,7 +89,7 @@ def _sums_fwd(hidden, kernel, targets, weights, z_loss, chunk):
     d_logits, parts = _chunk_parts(*xs, kernel, z_loss)
     d_logits = d_logits.astype(h.dtype)
     d_hidden = jnp.einsum("btv,wv->btw", d_logits, kernel.astype(h.dtype))
-    d_kernel += jnp.einsum("btw,btv->wv", h, d_logits, preferred_element_type=jnp.float32)
+    d_kernel += _einsum_fp32("btw,btv->wv", h, d_logits)
     return (jax.tree.map(jnp.add, sums, parts), d_kernel), d_hidden
 
   start = (_zeros(3), jnp.zeros(kernel.shape, jnp.float32))
@@ -117,7 +117,7 @@ _sums.defvjp(_sums_fwd, _sums_bwd)
 
 def _chunk_parts(h, targets, weights, kernel, z_loss):
   """One chunk's d objective / d logits [B, C, vocab] in fp32, and its (objective, nll, correct)."""
-  logits = jnp.einsum("btw,wv->btv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+  logits = _einsum_fp32("btw,wv->btv", h, kernel.astype(h.dtype))
   lse = jax.nn.logsumexp(logits, axis=-1)
   is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :] == targets[..., None]
   at_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -129,6 +129,14 @@ def _chunk_parts(h, targets, weights, kernel, z_loss):
   d_logits = weights[..., None] * (probability * slope - is_target)
   weigh = lambda x: jnp.sum(weights * x)
   return d_logits, (weigh(nll + z_loss * lse**2), weigh(nll), weigh(correct))
+
+
+def _einsum_fp32(spec, a, b):
+  """Products of a's dtype, added up in fp32."""
+  narrow = lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+  # XLA's CPU backend cannot run some bf16 products with fp32 results; widened they are the same.
+  wide = lambda a, b: jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
+  return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
 def _chunks(arrays, chunk):
