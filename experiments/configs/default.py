@@ -1,0 +1,90 @@
+"""The default run: a small Trellis language model on the Python standard library's own sources.
+
+    python -m experiments.main --config=experiments/configs/default.py
+
+Any field is set on the command line, `--config.optim.peak_lr=1e-3`. Another run is another file
+that changes fields of this one.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from trellis_jax import mixers
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """All fields of a run, with their units."""
+  cfg = ml_collections.ConfigDict()
+  cfg.seed = 0  # of the initial parameters and of the order of the data
+  cfg.workdir = "runs/default"  # checkpoints, metrics, TensorBoard events; the same = go on there
+  cfg.steps = 1000  # updates in all
+  cfg.batch_size = 8  # sequences per update, over all devices
+  cfg.seq_len = 1024  # tokens per sequence
+  cfg.grad_accum = 1  # microbatches per update; memory falls with it, the result does not change
+
+  cfg.data = ml_collections.ConfigDict()
+  cfg.data.path = ""  # "" = the standard library; a folder, files, .jsonl(.gz/.zst) or token files
+  cfg.data.text_field = "text"  # of a .jsonl record
+  cfg.data.tokenizer = "bpe"  # "bpe" (trained on the corpus), "byte", or a tokenizer.json
+  cfg.data.vocab_size = 4096  # tokens of the BPE
+  cfg.data.packing = "documents"  # "documents" (state restarts at each) or "concat" (it goes on)
+  cfg.data.align = 0  # documents start at multiples of so many tokens; 0 = anywhere
+  cfg.data.cache = ".cache/data"  # folder of prepared token files
+
+  cfg.model = ml_collections.ConfigDict()
+  cfg.model.mixer = "trellis"  # a name, or a pattern over the layers: "trellis,trellis,attention"
+  cfg.model.width = 256  # features
+  cfg.model.num_layers = 6
+  cfg.model.num_heads = 4  # must divide the width
+  cfg.model.mlp_width = 0  # features; 0 = 8/3 of the width, rounded up to a multiple of 64
+  cfg.model.tie_embeddings = True  # the head is the transposed embedding
+  cfg.model.norm_eps = 1e-6  # of the RMSNorms
+  cfg.model.init_std = 0.0  # of the matrices' initial values; 0 = inputs^-1/2 of each
+  cfg.model.embed_std = 0.0  # of the embedding; 0 = 0.02 when tied, 1 when not
+  cfg.model.remat = "none"  # what the backward pass recomputes: "none", "full", "dots"
+  cfg.model.dtype = "float32"  # of the computation, "bfloat16" on accelerators; parameters are fp32
+  for name in mixers.names():  # each mixer's knobs, documented in trellis_jax/mixers/NAME.py
+    cfg.model[name] = ml_collections.ConfigDict(dataclasses.asdict(mixers.get(name).Config()))
+
+  cfg.optim = ml_collections.ConfigDict()
+  cfg.optim.peak_lr = 3e-3
+  cfg.optim.end_lr_ratio = 0.01  # last learning rate / peak
+  cfg.optim.schedule = "cosine"  # after the warm-up: "cosine", "linear", "wsd" (stay, then decay)
+  cfg.optim.warmup_steps = 100  # updates
+  cfg.optim.decay_steps = 200  # updates of wsd's decay; the other schedules decay all along
+  cfg.optim.b1 = 0.9
+  cfg.optim.b2 = 0.95
+  cfg.optim.eps = 1e-8
+  cfg.optim.weight_decay = 0.1  # per unit of learning rate, on matrices only
+  cfg.optim.clip = 1.0  # global gradient norm; 0 = no clipping
+  cfg.optim.z_loss = 0.0  # weight of logsumexp^2 in the objective; 1e-4 steadies large models
+
+  cfg.mesh = ml_collections.ConfigDict()  # devices per axis, -1 = those that the others leave
+  cfg.mesh.data = -1  # divides the batch
+  cfg.mesh.fsdp = 1  # divides the batch, the parameters and the optimiser's state
+  cfg.mesh.model = 1  # divides heads and features
+
+  cfg.distributed = ml_collections.ConfigDict()  # several processes; JAX finds "" and -1 on a
+  cfg.distributed.enabled = False  # cluster that it knows
+  cfg.distributed.coordinator = ""  # host:port of process 0
+  cfg.distributed.num_processes = -1
+  cfg.distributed.process_id = -1
+
+  cfg.checkpoint = ml_collections.ConfigDict()
+  cfg.checkpoint.every = 200  # steps; the last step is always saved
+  cfg.checkpoint.keep = 2  # newest checkpoints kept
+
+  cfg.eval = ml_collections.ConfigDict()
+  cfg.eval.every = 200  # steps, and after the last one; 0 = never
+  cfg.eval.batches = 16  # batches of the validation split, the same ones each time
+
+  cfg.log = ml_collections.ConfigDict()
+  cfg.log.every = 10  # steps per line of metrics.jsonl
+  cfg.log.tensorboard = True  # events in workdir/tensorboard
+  cfg.log.wandb = ""  # Weights & Biases project; "" = none
+
+  cfg.profile = ml_collections.ConfigDict()
+  cfg.profile.start = -1  # first step of a jax.profiler trace in workdir/profile; -1 = none
+  cfg.profile.steps = 3
+  return cfg
