@@ -31,8 +31,9 @@ _RULES = {
   **dict.fromkeys(("optim.peak_lr", "optim.eps"), _ABOVE_ZERO),
   **dict.fromkeys(("optim.weight_decay", "optim.clip", "optim.z_loss"), _NOT_NEGATIVE),
   **dict.fromkeys(("optim.warmup_steps", "optim.decay_steps", "eval.every"), _NOT_NEGATIVE),
-  **dict.fromkeys(("data.align", "model.mlp_width", "seed"), _NOT_NEGATIVE),
+  **dict.fromkeys(("data.align", "model.mlp_width"), _NOT_NEGATIVE),
   **dict.fromkeys(("optim.b1", "optim.b2"), (lambda x: 0 <= x < 1, "at least 0 and below 1")),
+  "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
   "optim.end_lr_ratio": (lambda x: 0 <= x <= 1, "from 0 to 1"),
   "profile.start": (lambda x: x == -1 or x >= 1, "a step, or -1 for no profile"),
 }

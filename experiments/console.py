@@ -11,6 +11,7 @@ class Console:
 
   def __init__(self, start: int, total: int):
     self.total = total
+    self.times: dict[str, float] = {}  # the latest speeds
     self.console = rich.console.Console(highlight=False, soft_wrap=True)
     self.progress = None
     if self.console.is_terminal:
@@ -30,14 +31,19 @@ class Console:
     """Prints a line, above the progress bar where there is one."""
     self.console.print(text, markup=False)
 
-  def write(self, record: Mapping[str, float]) -> None:
-    """Shows one record; one with an evaluation also stays on a terminal as a line."""
-    text = describe(record)
+  def advance(self, record: Mapping[str, float]) -> None:
+    """Moves the progress bar, where there is one, to a record's step."""
+    self.times |= {k: v for k, v in record.items() if k.startswith("time/")}
     if self.progress:
+      text = describe(self.times | {"train/loss": record["train/loss"]})
       self.progress.update(self.task, completed=record["step"], text=text)
+
+  def write(self, record: Mapping[str, float]) -> None:
+    """Prints a record; above a progress bar only those with an evaluation."""
     if not self.progress or "eval/loss" in record:
       left = eta(record, self.total)
-      self.say(f"step {record['step']}/{self.total}  {text}" + (f"  eta {left}" if left else ""))
+      text = f"step {record['step']}/{self.total}  {describe(record)}"
+      self.say(text + (f"  eta {left}" if left else ""))
 
   def close(self) -> None:
     if self.progress:

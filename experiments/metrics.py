@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
@@ -88,8 +88,20 @@ class Writer(Protocol):
 class Log:
   """Reads the metrics of every step, and writes those of each `every`-th and of the last one."""
 
-  def __init__(self, writers: list[Writer], throughput: Throughput, every: int, steps: int):
-    self.writers, self.throughput = writers, throughput
+  def __init__(
+    self,
+    writers: list[Writer],
+    throughput: Throughput,
+    every: int,
+    steps: int,
+    on_step: Callable[[dict[str, float]], None] = lambda record: None,
+  ):
+    """Args:
+    writers: take the records of the steps that are due.
+    every, steps: the steps that are due are multiples of the one, and the other.
+    on_step: takes the record of every step.
+    """
+    self.writers, self.throughput, self.on_step = writers, throughput, on_step
     self.every, self.steps = every, steps
 
   def read(self, step: int, values: Mapping[str, jax.Array]) -> dict[str, float]:
@@ -104,10 +116,11 @@ class Log:
   def write(self, record: dict[str, float]) -> None:
     """Writes a record if its step is due, or if there is an evaluation in it."""
     step = record["step"]
-    if step % self.every == 0 or step == self.steps or "eval/loss" in record:
-      record |= self.throughput.report()
-      for writer in self.writers:
-        writer.write(record)
+    due = step % self.every == 0 or step == self.steps or "eval/loss" in record
+    record = record | (self.throughput.report() if due else {})
+    self.on_step(record)
+    for writer in self.writers if due else ():
+      writer.write(record)
 
   def __enter__(self) -> "Log":
     return self

@@ -24,6 +24,7 @@ from experiments import checkpoint, config, data, hooks, metrics, optim, tokenis
 from experiments import mesh as mesh_lib
 from experiments import step as step_lib
 from experiments.console import Console, si
+from experiments.errors import UserError
 from trellis_jax import LM, sharding
 
 
@@ -150,11 +151,12 @@ def build(job: Job) -> Program:
 
 def evaluate(job: Job, program: Program, params: step_lib.Params) -> dict[str, float]:
   """The `eval/` fields of a record: held-out loss, perplexity, accuracy, bits per byte."""
-  parts = [
-    program.evaluate(params, mesh_lib.put_batch(batch, job.mesh), program.token_bytes)
-    for batch in job.eval_batches()
-  ]
-  sums = {k: math.fsum(float(p[k]) for p in jax.device_get(parts)) for k in parts[0]}
+  parts = []
+  for batch in job.eval_batches():
+    batch = mesh_lib.put_batch(batch, job.mesh)
+    parts.append(program.evaluate(params, batch, program.token_bytes))
+    parts[-2:-1] = jax.device_get(parts[-2:-1])  # so that two batches wait in memory at most
+  sums = {k: math.fsum(float(part[k]) for part in parts) for k in parts[0]}
   loss = sums["nll"] / sums["count"]
   scores = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
   scores["eval/accuracy"] = sums["correct"] / sums["count"]
@@ -174,7 +176,10 @@ def run(job: Job) -> None:
     ended = f"{job.workdir} is at step {job.start}; a larger config.steps goes on from there"
   else:
     program = build(job)
-    job.workdir.mkdir(parents=True, exist_ok=True)
+    try:
+      job.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise UserError(f"config.workdir = {job.cfg.workdir} cannot be made: {e}") from e
     with jax.set_mesh(job.mesh), hooks.sole_use(job.workdir):
       try:
         ended = _loop(job, program)
@@ -237,7 +242,7 @@ def _first_state(job: Job, program: Program):
 
 def _open_log(job: Job, program: Program) -> metrics.Log:
   """The log of a run, which writes in process 0 alone."""
-  cfg, outputs = job.cfg, []
+  cfg, outputs, on_step = job.cfg, [], lambda record: None
   if jax.process_index() == 0:
     console = Console(job.start, cfg.steps)
     parameters = sum(x.size for x in jax.tree.leaves(program.abstract.params))
@@ -247,8 +252,8 @@ def _open_log(job: Job, program: Program) -> metrics.Log:
       f"{job.mesh.size} x {jax.devices()[0].device_kind} ({axes}), {job.workdir}"
       + (f", going on from step {job.start}" if job.start else "")
     )
-    outputs = [console, *writers.open_all(job.workdir, cfg, job.start)]
+    outputs, on_step = [console, *writers.open_all(job.workdir, cfg, job.start)], console.advance
   tokens = cfg.batch_size * cfg.seq_len
   flops = 3 * cfg.batch_size * job.lm.flops(cfg.seq_len)  # backward counts as twice the forward
   throughput = metrics.Throughput(tokens, flops, metrics.peak_flops(jax.devices()))
-  return metrics.Log(outputs, throughput, cfg.log.every, cfg.steps)
+  return metrics.Log(outputs, throughput, cfg.log.every, cfg.steps, on_step)

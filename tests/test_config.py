@@ -101,7 +101,8 @@ def test_a_broken_config_file_is_one_sentence(tmp_path, monkeypatch, text, words
     ("batch_size", -8, "at least 1"),
     ("seq_len", 0, "at least 1"),
     ("grad_accum", 0, "at least 1"),
-    ("seed", -1, "at least 0"),
+    ("seed", -1, "from 0 to 2**32 - 1"),
+    ("seed", 2**32, "from 0 to 2**32 - 1"),
     ("workdir", "", "config.workdir is empty"),
     ("model.num_heads", 0, "at least 1"),
     ("model.dtype", "float16", "accepted are float32, bfloat16"),
@@ -171,6 +172,7 @@ def test_the_models_config_has_the_knobs_of_its_mixers_alone():
     (["--config.data.tokenizer=words"], "words"),
     (["--config.data.align=7"], "7"),
     (["--config.distributed.enabled"], "config.distributed"),
+    (["--config.workdir=text/0.txt"], "config.workdir = text/0.txt cannot be made"),
   ],
 )
 def test_what_does_not_fit_together_is_refused_before_anything_is_written(

@@ -58,18 +58,20 @@ class _Memory:
     self.closed = True
 
 
-def _log(every=2, steps=7):
+def _log(every=2, steps=7, on_step=lambda record: None):
   memory = _Memory()
-  return memory, metrics.Log([memory], metrics.Throughput(10, 100, None), every, steps)
+  return memory, metrics.Log([memory], metrics.Throughput(10, 100, None), every, steps, on_step)
 
 
 def test_the_log_writes_due_steps_evaluations_and_the_last_step():
-  memory, log = _log()
+  seen = []
+  memory, log = _log(on_step=lambda record: seen.append(record["step"]))
   with log:
     for n in range(1, 8):
       record = log.read(n, {"loss": jnp.float32(n)})
       log.write(record | ({"eval/loss": 1.0} if n == 3 else {}))
   assert [r["step"] for r in memory.records] == [2, 3, 4, 6, 7]
+  assert seen == [1, 2, 3, 4, 5, 6, 7]
   assert memory.records[0]["train/loss"] == 2.0
   assert memory.closed
 
@@ -188,9 +190,13 @@ def test_the_console_shows_a_progress_bar_on_a_terminal(capsys, monkeypatch):
   monkeypatch.setenv("COLUMNS", "160")
   shown = console.Console(start=0, total=10)
   assert shown.progress is not None
-  shown.write(RECORD)
   task = shown.progress.tasks[0]
+  shown.advance(RECORD)
+  shown.write(RECORD)
   assert (task.completed, task.total) == (5, 10)
+  shown.advance({"step": 6, "train/loss": 1.25})  # is not due, and keeps the latest speed
+  assert task.completed == 6
+  assert "loss 1.2500" in task.fields["text"] and "12.3 ktok/s" in task.fields["text"]
   shown.close()
   assert "held-out loss 2.5000" in capsys.readouterr().out
 
