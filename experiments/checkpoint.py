@@ -105,10 +105,16 @@ def check_continues(saved: dict[str, Any], given: dict[str, Any], workdir: pathl
 
 
 def binding_fields(config: dict[str, Any]) -> dict[str, Any]:
-  """The fields of a run that stay as they are, flat; knobs of mixers that it has not are none."""
-  names = [name.strip() for name in config["model"]["mixer"].split(",")]
-  unused = [k for k, v in config["model"].items() if isinstance(v, dict) and k not in names]
-  free = FREE + tuple(f"model.{name}." for name in unused)
+  """The fields of a run that stay as they are, flat; knobs of what it has not are none."""
+  used = {"model": [name.strip() for name in config["model"]["mixer"].split(",")]}
+  used["data"] = [config["data"]["task"]]
+  unused = [
+    f"{section}.{k}."
+    for section, names in used.items()
+    for k, v in config[section].items()
+    if isinstance(v, dict) and k not in names
+  ]
+  free = FREE + tuple(unused)
   return {k: v for k, v in flatten(config).items() if not k.startswith(free)}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import data, optim
+from experiments import optim, packing
 from experiments.errors import UserError
 from trellis_jax import LMConfig
 
@@ -38,7 +38,7 @@ _RULES = {
   "profile.start": (lambda x: x == -1 or x >= 1, "a step, or -1 for no profile"),
 }
 _CHOICES = {
-  "data.packing": data.PACKINGS,
+  "data.packing": packing.PACKINGS,
   "optim.schedule": optim.SCHEDULES,
   "model.dtype": ("float32", "bfloat16"),
 }
@@ -126,6 +126,8 @@ def _load(path: str) -> ConfigDict:
   try:
     config, _ = _parse_flags(["", f"--config={path}"])
   except Exception as e:
+    if isinstance(e, flags.IllegalFlagValueError):  # whose text is a traceback of the file's error
+      e = e.__context__.__context__
     raise UserError(f"config file {path!r} fails with {type(e).__name__}: {e}") from e
   if not isinstance(config, ConfigDict):
     raise UserError(f"config file {path!r} has no get_config() that returns a ConfigDict")

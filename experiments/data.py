@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -24,12 +24,11 @@ import tabulate
 from absl import logging
 
 from experiments import corpus as corpus_lib
-from experiments import tokenise
+from experiments import tasks, tokenise
 from experiments.corpus import SPLITS
 from experiments.errors import UserError
 from experiments.tokenfile import TokenFile, TokenWriter
 
-PACKINGS = ("documents", "concat")
 ENCODE_BATCH = 1 << 22  # characters tokenised at a time
 FOR_EVER = 1 << 48  # rows; grain's own endless length overflows in batches of one
 
@@ -47,8 +46,35 @@ class Dataset:
   def splits(self) -> dict[str, TokenFile]:
     return {split: getattr(self, split) for split in SPLITS}
 
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
 
-def load(config) -> Dataset:
+  @property
+  def token_bytes(self) -> np.ndarray:
+    """Bytes of text of each token, [vocab_size]."""
+    return tokenise.token_bytes(self.tokenizer)
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """What a checkpoint must agree on besides the config."""
+    header = self.train.header
+    return {"corpus": header.corpus_digest, "tokenizer": header.tokenizer_digest}
+
+
+class Split(Protocol):
+  """What a loader reads: anything that gives rows."""
+
+  def rows(self, seq_len: int, packing: str, align: int) -> Any:
+    """Random access to dicts of [seq_len] arrays: `len()`, `[i]`, and `blank()` for padding."""
+
+
+def load(config) -> Dataset | tasks.TaskDataset:
+  """The data of a config's data section: its task, or text when there is none (see load_text)."""
+  return tasks.load(config) if config.task else load_text(config)
+
+
+def load_text(config) -> Dataset:
   """Opens the token files of a config's data section, preparing them first when absent.
 
   Prepared files lie in `config.cache`, in a folder named after a hash of everything that they
@@ -60,8 +86,11 @@ def load(config) -> Dataset:
       `vocab_size` (of a BPE) and `cache` (a folder).
 
   Raises:
-    UserError: a path, a line, a tokenizer or a token file is bad, or a split has no document.
+    UserError: a path, a line, a tokenizer or a token file is bad, or a split has no document; or
+      the config names a task, which has no text.
   """
+  if config.task:
+    raise UserError(f"data.task={config.task!r} has no text; accepted here is '' (text)")
   path = pathlib.Path(config.path or "-").expanduser()
   if path.suffix == ".tok" or (path / "train.tok").is_file():
     return _load_ready(path, config)
@@ -92,72 +121,8 @@ def text(token_file: TokenFile, tokenizer: tokenise.Tokenizer, limit: int | None
   return b"".join(tokenizer.decode(d.tolist()).encode() for d in documents)[:limit]
 
 
-class Rows:
-  """Random access to the rows of T positions into which a split's documents are packed.
-
-  The documents stand one after the other on one long tape, which is cut every T positions; row i is
-  the i-th piece. A document of n tokens takes n + 1 positions: its inputs start with the separator
-  and its targets end with one, so every token and every end of document is a target exactly once.
-
-  * "documents": every document, or piece of one, is a segment of its row, numbered from 1. With
-    `align` = C, a document starts at a multiple of C on the tape, hence in its row. The gap before
-    it holds separators with weight 0 and the segment id of the document that has ended: the op's
-    chunk grid advances over a segment's positions only, and padding (id 0) is none.
-  * "concat": the whole split is one document, so state flows across documents.
-
-  Only the end of the last row is padding (segment id 0, weight 0). The plan is two numbers per
-  document, so a row costs a binary search wherever it is.
-  """
-
-  def __init__(self, token_file: TokenFile, seq_len: int, packing: str, align: int = 0):
-    """Plans the tape; raises UserError for an unknown packing or an align that does not fit."""
-    if seq_len < 1:
-      raise UserError(f"seq_len={seq_len}; accepted is at least 1")
-    if packing not in PACKINGS:
-      raise UserError(f"data.packing={packing!r}; accepted are {', '.join(PACKINGS)}")
-    if align and packing != "documents":
-      raise UserError(f"data.align={align} needs data.packing='documents', given {packing!r}")
-    if align < 0 or (align and seq_len % align):
-      raise UserError(f"data.align={align} must be 0 or divide seq_len={seq_len}")
-    self.tokens = token_file.tokens
-    self.separator = token_file.header.separator
-    self.seq_len = seq_len
-    # Where each document's separator is in the stream, and where on the tape.
-    self.offsets = token_file.offsets if packing == "documents" else token_file.offsets[[0, -1]]
-    lengths = np.diff(self.offsets)
-    self.starts = np.zeros(len(lengths), np.int64)
-    np.cumsum((lengths + -lengths % max(align, 1))[:-1], out=self.starts[1:])
-    self.end = int(self.starts[-1] + lengths[-1])
-
-  def __len__(self) -> int:
-    return -(-self.end // self.seq_len)
-
-  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    at = np.arange(row * self.seq_len, min((row + 1) * self.seq_len, self.end))
-    document = np.searchsorted(self.starts, at, side="right") - 1
-    source = self.offsets[document] + at - self.starts[document]
-    inside = source < self.offsets[document + 1]
-    source = source[inside]
-    result = self.blank()
-    used = np.flatnonzero(inside)
-    result["tokens"][used] = self.tokens[source]
-    result["targets"][used] = self.tokens[source + 1]
-    result["segment_ids"][: len(at)] = document - document[0] + 1
-    result["weights"][used] = 1
-    return result
-
-  def blank(self) -> dict[str, np.ndarray]:
-    """A row of padding."""
-    return {
-      "tokens": np.full(self.seq_len, self.separator, np.int32),
-      "targets": np.full(self.seq_len, self.separator, np.int32),
-      "segment_ids": np.zeros(self.seq_len, np.int32),
-      "weights": np.zeros(self.seq_len, np.float32),
-    }
-
-
 def loader(
-  token_file: TokenFile,
+  split: Split,
   *,
   seq_len: int,
   batch_size: int,
@@ -177,14 +142,14 @@ def loader(
   processes, and a run resumes on another number of them as long as G stays the same.
 
   Args:
-    token_file: the split.
+    split: a token file, or what else gives rows.
     seq_len: T, tokens per row.
     batch_size: rows per step of this process.
     seed: of the order of rows, which differs from epoch to epoch.
     shuffle: whether to shuffle; else the rows come in the file's order.
     repeat: whether to go on for ever; else the iterator ends after one epoch, and rows of padding
       (segment id 0, weight 0) fill the last step, so that nothing is dropped.
-    packing: "documents" or "concat", see Rows.
+    packing: "documents" or "concat", see packing.Rows.
     align: 0, or C: documents start at multiples of C.
     process_index: of this process.
     process_count: processes in all.
@@ -199,7 +164,7 @@ def loader(
     raise UserError(f"batch_size={batch_size} rows per process; accepted is at least 1")
   if not 0 <= process_index < process_count:
     raise UserError(f"process_index={process_index} must be in [0, process_count={process_count})")
-  rows = Rows(token_file, seq_len, packing, align)
+  rows = split.rows(seq_len, packing, align)
   dataset = grain.MapDataset.source(rows)
   if shuffle:
     # grain adds the epoch to the seed: unhashed, seed 0's epoch 1 would be seed 1's epoch 0.
@@ -334,7 +299,7 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
 
 def main(config) -> None:
   """Prepares a config's token files and prints a table of them."""
-  dataset = load(config.data)
+  dataset = load_text(config.data)
   header = dataset.train.header
   print(f"{header.corpus} (sha256 {header.corpus_digest[:12]}), tokenizer {header.tokenizer}")
   table = [

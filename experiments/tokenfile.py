@@ -26,6 +26,7 @@ import zlib
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.packing import Rows
 
 FORMAT = "trellis-tokens"
 VERSION = 1
@@ -201,6 +202,10 @@ class TokenFile:
   def document(self, i: int) -> np.ndarray:
     """The tokens of document i, without separators."""
     return self.tokens[self.offsets[i] + 1 : self.offsets[i + 1]]
+
+  def rows(self, seq_len: int, packing: str = "documents", align: int = 0) -> Rows:
+    """Random access to the rows of `seq_len` positions that the documents are packed into."""
+    return Rows(self, seq_len, packing, align)
 
 
 def _reopen(path, documents) -> TokenFile:

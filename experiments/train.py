@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import checkpoint, config, data, hooks, metrics, optim, tokenise, writers
+from experiments import checkpoint, config, data, hooks, metrics, optim, tasks, writers
 from experiments import mesh as mesh_lib
 from experiments import step as step_lib
 from experiments.console import Console, si
@@ -33,7 +33,7 @@ class Job:
   """A checked run, before anything is computed or written."""
 
   cfg: ml_collections.ConfigDict
-  dataset: data.Dataset
+  dataset: data.Dataset | tasks.TaskDataset
   mesh: Mesh
   make_lm: Callable[[], LM]
   lm: LM  # abstract: shapes without arrays
@@ -82,13 +82,11 @@ def prepare(cfg: ml_collections.ConfigDict) -> Job:
   # A model of any vocabulary first: preparing a corpus takes longer than finding a wrong field.
   nnx.eval_shape(lambda: LM(config.lm_config(cfg.model, 1), rngs=nnx.Rngs(0)))
   dataset = data.load(cfg.data)
-  lm_config = config.lm_config(cfg.model, dataset.tokenizer.vocab_size)
+  lm_config = config.lm_config(cfg.model, dataset.vocab_size)
   make_lm = lambda: LM(lm_config, rngs=nnx.Rngs(cfg.seed))
   lm = nnx.eval_shape(make_lm)
-  header = dataset.train.header
-  corpus = {"corpus": header.corpus_digest, "tokenizer": header.tokenizer_digest}
   params = nnx.to_pure_dict(nnx.split(lm, nnx.Param)[1])
-  about = checkpoint.about(cfg, params, corpus)
+  about = checkpoint.about(cfg, params, dataset.identity)
   job = Job(cfg, dataset, mesh, make_lm, lm, about, start=0)
   job.batches("train")
   job.eval_batches()
@@ -145,7 +143,7 @@ def build(job: Job) -> Program:
     abstract=jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state
     ),
-    token_bytes=jax.device_put(tokenise.token_bytes(job.dataset.tokenizer), everywhere),
+    token_bytes=jax.device_put(job.dataset.token_bytes, everywhere),
   )
 
 

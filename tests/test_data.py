@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from experiments import data, tokenise
 from experiments.errors import UserError
+from experiments.packing import PACKINGS, Rows
 from experiments.tokenfile import TokenFile, TokenWriter
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def corpus_pairs(file):
 @st.composite
 def packings(draw):
   lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=12))
-  packing = draw(st.sampled_from(data.PACKINGS))
+  packing = draw(st.sampled_from(PACKINGS))
   align = draw(st.integers(0, 5)) if packing == "documents" else 0
   seq_len = max(align, 1) * draw(st.integers(1, 8))
   return lengths, seq_len, packing, align
@@ -58,7 +59,7 @@ def packings(draw):
 def test_every_token_is_a_target_exactly_once_and_none_crosses_a_document(tmp_path_factory, case):
   lengths, seq_len, packing, align = case
   file = token_file(tmp_path_factory.mktemp("t"), lengths)
-  rows = data.Rows(file, seq_len, packing, align)
+  rows = Rows(file, seq_len, packing, align)
   expected = corpus_pairs(file)
   seen = []
   for row in (rows[i] for i in range(len(rows))):
@@ -72,7 +73,7 @@ def test_every_token_is_a_target_exactly_once_and_none_crosses_a_document(tmp_pa
 def test_segments_are_documents_aligned_and_padded_at_the_end_only(tmp_path_factory, case):
   lengths, seq_len, packing, align = case
   file = token_file(tmp_path_factory.mktemp("t"), lengths)
-  rows = data.Rows(file, seq_len, packing, align)
+  rows = Rows(file, seq_len, packing, align)
   pairs = iter(corpus_pairs(file))
   for i in range(len(rows)):
     row = rows[i]
@@ -107,7 +108,7 @@ def test_segments_are_documents_aligned_and_padded_at_the_end_only(tmp_path_fact
 
 
 def test_a_packed_row_by_hand(tmp_path):
-  rows = data.Rows(token_file(tmp_path, [2, 4, 1]), 8, "documents", align=4)
+  rows = Rows(token_file(tmp_path, [2, 4, 1]), 8, "documents", align=4)
   assert len(rows) == 2
   expected = {
     "tokens": [[0, 1, 2, 0, 0, 3, 4, 5], [6, 0, 0, 0, 0, 7, 0, 0]],
@@ -120,7 +121,7 @@ def test_a_packed_row_by_hand(tmp_path):
 
 
 def test_a_row_in_the_midst_of_many_documents_is_found_fast(tmp_path):
-  rows = data.Rows(token_file(tmp_path, [3] * 20_000), 64, "documents", align=16)
+  rows = Rows(token_file(tmp_path, [3] * 20_000), 64, "documents", align=16)
   start = time.perf_counter()
   for i in range(0, len(rows), 10):
     rows[i]
@@ -164,7 +165,7 @@ def test_batches_have_the_agreed_shape(file):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_each_epoch_is_another_order_of_all_rows(file, batch_size):
-  rows = data.Rows(file, 16, "documents")
+  rows = Rows(file, 16, "documents")
   everything = sorted(tuple(rows[i]["tokens"].tolist()) for i in range(len(rows)))
   iterator = data.loader(file, seq_len=16, batch_size=batch_size)
   got = rows_of(take(iterator, -(-3 * len(rows) // batch_size)))
@@ -179,17 +180,17 @@ def test_the_seed_decides_the_order(file):
   assert runs[0] == runs[1]
   assert len({tuple(run) for run in runs}) == 3
   # Not even another seed's later epoch.
-  count = len(data.Rows(file, 16, "documents"))
+  count = len(Rows(file, 16, "documents"))
   assert runs[0][count : 2 * count] != runs[2][:count]
 
 
 def test_without_shuffling_rows_come_in_order(file):
-  rows = data.Rows(file, 16, "documents")
+  rows = Rows(file, 16, "documents")
   got = rows_of(take(data.loader(file, shuffle=False, **SETTINGS), 3))
   assert got == [tuple(rows[i]["tokens"].tolist()) for i in range(12)]
 
 
-@pytest.mark.parametrize("packing", data.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_a_single_row_repeats(tmp_path, packing):
   got = take(data.loader(token_file(tmp_path, [3]), packing=packing, **SETTINGS), 2)
   assert set(rows_of(got)) == {(0, 1, 2, 3) + (0,) * 12}
@@ -243,7 +244,7 @@ def test_order_does_not_depend_on_the_number_of_processes(file, count):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 def test_one_epoch_drops_nothing_and_ends_together(file, shuffle, count, batch_size):
-  rows = data.Rows(file, 16, "documents")
+  rows = Rows(file, 16, "documents")
   kwargs = {"seq_len": 16, "batch_size": batch_size, "shuffle": shuffle, "repeat": False}
   parts = [
     list(data.loader(file, process_index=p, process_count=count, **kwargs)) for p in range(count)
@@ -293,6 +294,7 @@ def config(tmp_path):
     tokenizer="bpe",
     vocab_size=300,
     cache=str(tmp_path / "cache"),
+    task="",
   )
 
 

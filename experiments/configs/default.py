@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.grad_accum = 1  # microbatches per update; memory falls with it, the result does not change
 
   cfg.data = ml_collections.ConfigDict()
+  cfg.data.task = ""  # "" = text; "mqar", a synthetic task of experiments/tasks
   cfg.data.path = ""  # "" = the standard library; a folder, files, .jsonl(.gz/.zst) or token files
   cfg.data.text_field = "text"  # of a .jsonl record
   cfg.data.tokenizer = "bpe"  # "bpe" (trained on the corpus), "byte", or a tokenizer.json
@@ -31,6 +32,15 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.packing = "documents"  # "documents" (state restarts at each) or "concat" (it goes on)
   cfg.data.align = 0  # documents start at multiples of so many tokens; 0 = anywhere
   cfg.data.cache = ".cache/data"  # folder of prepared token files
+  cfg.data.mqar = ml_collections.ConfigDict()  # recall of key-value pairs, see tasks/mqar.py
+  cfg.data.mqar.vocab_size = 64  # tokens: blank, then keys, from the half on values
+  cfg.data.mqar.pairs = 6  # key-value pairs per example, each asked for once
+  cfg.data.mqar.blanks = 20  # tokens before the first pair
+  cfg.data.mqar.noise = False  # uniform random tokens take the place of all blank ones
+  cfg.data.mqar.power = 0.01  # from 0 to 1; the smaller, the sooner the queries; 1 = anywhere
+  cfg.data.mqar.train_examples = 100_000  # rows, then they come again in another order
+  cfg.data.mqar.held_out_examples = 3_000  # rows of the validation and of the test split
+  cfg.data.mqar.seed = 0  # of all examples, whatever the run's seed
 
   cfg.model = ml_collections.ConfigDict()
   cfg.model.mixer = "trellis"  # a name, or a pattern over the layers: "trellis,trellis,attention"

@@ -118,7 +118,7 @@ def baselines(dataset: data.Dataset, split: str = "test") -> list[tuple[str, flo
 
 def main(config) -> None:
   """Prints the baselines of a config's test split."""
-  table = baselines(data.load(config.data))
+  table = baselines(data.load_text(config.data))
   print(tabulate.tabulate(table, ["test split", "value", "unit"], floatfmt=".3f"))
 
 

@@ -1,0 +1,82 @@
+"""Synthetic tasks in the place of text: a name is a file of this folder.
+
+A task's file holds `Config`, a frozen dataclass of its knobs with `vocab_size` among them, and
+`Rows(config, split, seq_len)`: a split's examples by their number, each a dict of [T] arrays as
+data.loader describes them, `len()` of them, and `blank()`, a row of padding.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+
+
+def names() -> list[str]:
+  """The tasks there are."""
+  folder = pathlib.Path(__file__).parent
+  return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def get(name: str):
+  """The module of a task; UserError for an unknown name lists the folder."""
+  if name not in names():
+    raise UserError(f"data.task={name!r} is unknown; accepted are '' (text), {', '.join(names())}")
+  return importlib.import_module(f"{__name__}.{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """One split of a task, in the place of a token file."""
+
+  task: str
+  config: Any
+  name: str
+
+  def rows(self, seq_len: int, packing: str = "documents", align: int = 0):
+    """The examples of length `seq_len`; one fills its row, so there is nothing to pack or align."""
+    del packing, align
+    return get(self.task).Rows(self.config, self.name, seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDataset:
+  """The splits of a task, in the place of a data.Dataset; there is no tokenizer, nor any file."""
+
+  task: str
+  config: Any
+
+  @property
+  def train(self) -> Split:
+    return Split(self.task, self.config, "train")
+
+  @property
+  def validation(self) -> Split:
+    return Split(self.task, self.config, "validation")
+
+  @property
+  def test(self) -> Split:
+    return Split(self.task, self.config, "test")
+
+  @property
+  def vocab_size(self) -> int:
+    return self.config.vocab_size
+
+  @property
+  def token_bytes(self) -> np.ndarray:
+    """Bytes of each token: none."""
+    return np.zeros(self.vocab_size, np.int32)
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """What a checkpoint must agree on besides the config, which holds the task's knobs."""
+    return {"corpus": self.task}
+
+
+def load(config) -> TaskDataset:
+  """The task that a config's data section names; UserError says what of it does not fit."""
+  task = get(config.task)
+  return TaskDataset(config.task, task.Config(**config[config.task]))
