@@ -53,10 +53,10 @@ def test_signatures_are_those_of_multi_head_attention():
 
 
 def test_defaults_are_those_of_the_config():
-  config = TrellisAttention(H, F, rngs=nnx.Rngs(0)).mixer.config
-  assert config == Config()
+  default = nnx.eval_shape(lambda: TrellisAttention(H, F, rngs=nnx.Rngs(0)))
+  assert default.mixer.config == Config()
   knobs = dict(phi="silu", target="linear", post_norm="none", head_dim=3, value_dim=5)
-  config = build(**knobs).mixer.config
+  config = nnx.eval_shape(lambda: build(**knobs)).mixer.config
   assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | knobs | {
     "num_slots": 4,
     "chunk_size": 4,
@@ -72,10 +72,11 @@ def test_defaults_are_those_of_the_config():
   ],
 )
 def test_shapes_and_dtypes_are_those_of_multi_head_attention(sizes, dtypes):
-  theirs = nnx.MultiHeadAttention(H, F, **sizes, **dtypes, decode=False, rngs=nnx.Rngs(0))
-  ours = build(**sizes, **dtypes)
-  x = X.astype(dtypes.get("param_dtype", X.dtype))
-  want, got = jax.eval_shape(theirs, x), jax.eval_shape(ours, x)
+  kw = sizes | dtypes | {"decode": False}
+  theirs = nnx.eval_shape(lambda: nnx.MultiHeadAttention(H, F, **kw, rngs=nnx.Rngs(0)))
+  ours = nnx.eval_shape(lambda: build(**kw))
+  x = jax.ShapeDtypeStruct(X.shape, dtypes.get("param_dtype", X.dtype))
+  want, got = (nnx.eval_shape(lambda layer, x: layer(x), layer, x) for layer in (theirs, ours))
   assert (got.shape, got.dtype) == (want.shape, want.dtype)
   for name in ("num_heads", "in_features", "qkv_features", "out_features", "head_dim"):
     assert getattr(ours, name) == getattr(theirs, name)
@@ -173,7 +174,7 @@ def test_masks_and_segments_combine():
   live = jnp.array([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]], bool)
   y = run(layer, X, segment_ids=ids, mask=live)
   np.testing.assert_array_equal(y, run(layer, X, segment_ids=jnp.where(live, ids, 0)))
-  assert np.max(np.abs(y - run(layer, X, mask=live))) > 1e-3
+  assert np.max(np.abs((y - run(layer, X))[:, :6])) > 1e-3
 
 
 # State and cache.

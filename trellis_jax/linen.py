@@ -52,6 +52,11 @@ class TrellisAttention(nn.Module):
   chunk_size: int = 16
   knobs: Mapping[str, Any] = FrozenDict()
 
+  def __post_init__(self):
+    # Modules are static arguments of jit, so that what they hold must hash.
+    object.__setattr__(self, "knobs", FrozenDict(self.knobs))
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self,
@@ -68,6 +73,7 @@ class TrellisAttention(nn.Module):
     input_positions: Int[Array, "*batch T"] | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
+    implementation: str | None = None,
   ) -> Float[Array, "*batch T out_features"] | tuple[Array, State]:
     """Attends from every token to the tokens up to it; see the nnx layer for arguments and errors.
 
@@ -97,6 +103,7 @@ class TrellisAttention(nn.Module):
       input_positions=input_positions,
       initial_state=initial_state,
       return_state=return_state,
+      implementation=implementation,
     )
 
 
