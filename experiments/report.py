@@ -47,7 +47,7 @@ def open_run(cfg: ml_collections.ConfigDict) -> tuple[train.Job, Any]:
   config.check(cfg)
   if cfg.distributed.enabled:
     raise UserError("config.distributed.enabled = True is given, but a report is one process")
-  if task := cfg.data.get("task", ""):
+  if task := cfg.data.task:
     raise UserError(f"config.data.task = {task!r} is given, but a report is on text")
   if checkpoint.latest_step(pathlib.Path(cfg.workdir).expanduser()) is None:
     raise UserError(
