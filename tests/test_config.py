@@ -82,6 +82,8 @@ def test_a_wrong_command_line_is_one_sentence(flags, words):
     ("def get_config(:", "fails with SyntaxError"),
     ("get_config = lambda: [1]", "has no get_config() that returns a ConfigDict"),
     ("x = 1", "fails with AttributeError"),
+    ("def get_config(): raise ValueError('no such reading')", "ValueError: no such reading"),
+    ("def get_config(): raise TypeError('a knob')", "fails with TypeError: a knob"),
   ],
 )
 def test_a_broken_config_file_is_one_sentence(tmp_path, monkeypatch, text, words):
