@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
-from trellis_jax import attention_checks, inspect, masks, mixers
+from trellis_jax import attention_checks, inspect, masks, mixers, sharding
 from trellis_jax.mixers.trellis import Mixer, State
 from trellis_jax.typing import Array
 
@@ -176,9 +176,9 @@ class TrellisAttention(nnx.Module):
     decode = self.decode if decode is None else decode
     attention_checks.check_call(inputs_q, inputs_k, inputs_v, is_causal, self.in_features)
     shape = inputs_q.shape[:-1]
-    state = self._entry(math.prod(shape[:-1]), decode, initial_state)
-    ids = self._segments(shape, mask, segment_ids, state)
     x = inputs_q.reshape(-1, shape[-1], self.in_features)
+    state = self._entry(x, decode, initial_state)
+    ids = self._segments(shape, mask, segment_ids, state)
     if sow_weights:
       self._sow(x, state, ids, shape)
     y, state = self.mixer(x, state, segment_ids=ids, implementation=implementation)
@@ -222,8 +222,8 @@ class TrellisAttention(nnx.Module):
       batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
       self.init_cache((*batch, 1, self.in_features))
 
-  def _entry(self, rows, decode, initial_state):
-    """Returns the state that a call of so many rows goes on from, None for a fresh one."""
+  def _entry(self, x, decode, initial_state):
+    """Returns the state that a call on rows x goes on from, None for a fresh one."""
     if decode and initial_state is not None:
       raise ValueError(
         "initial_state is given with decode=True, which goes on from the cache; pass decode=False"
@@ -239,13 +239,13 @@ class TrellisAttention(nnx.Module):
       raise ValueError(
         f"initial_state is a {type(state).__name__}; accepted is what return_state=True returns"
       )
-    taps = (rows, self.mixer.config.conv_taps - 1, self.mixer.qk.out_features)
+    taps = (len(x), self.mixer.config.conv_taps - 1, self.mixer.qk.out_features)
     if state.taps.shape != taps:
       raise ValueError(
-        f"{name} has taps of shape {state.taps.shape}; for {rows} rows of inputs, batch axes in "
+        f"{name} has taps of shape {state.taps.shape}; for {len(x)} rows of inputs, batch axes in "
         f"one, this layer takes {taps}"
       )
-    return self._renewed(state) if decode else state
+    return sharding.like(self._renewed(state) if decode else state, x)
 
   def _renewed(self, state):
     """Returns the state with the initial memory of today in rows that have seen no token."""
@@ -253,7 +253,7 @@ class TrellisAttention(nnx.Module):
       return state
     new = state.memory.segment == 0
     rows = lambda x: new.reshape(-1, *(1,) * (x.ndim - 1))
-    fresh = self.mixer.init_state(len(new))
+    fresh = sharding.like(self.mixer.init_state(len(new)), new)
     return jax.tree.map(lambda x, y: jnp.where(rows(x), y.astype(x.dtype), x), state, fresh)
 
   def _segments(self, shape, mask, segment_ids, state):

@@ -1,4 +1,4 @@
-"""Where parameters live on a mesh with the axes data, fsdp and model.
+"""Where parameters and states live on a mesh with the axes data, fsdp and model.
 
 Matrices are split twice: the side that multiplies heads, slots, hidden units or vocabulary over
 `model`, the residual stream's side over `fsdp`. Vectors are whole on every device.
@@ -8,7 +8,10 @@ import re
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from trellis_jax.typing import Array
 
 # The last part of a parameter's path -> axes of its last dimensions.
 _RULES = (
@@ -47,3 +50,28 @@ def param_specs(params: Any, mesh: Any) -> Any:
 
 
 BATCH = P(("data", "fsdp"))
+
+
+def explicit(x: Array) -> NamedSharding | None:
+  """Returns the sharding in x's type, None where there is no mesh of Explicit axes.
+
+  On Explicit axes arrays of one expression must agree; on Auto axes the compiler sees to it.
+  """
+  sharding = jax.typeof(x).sharding
+  has = not sharding.mesh.empty and AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if has else None
+
+
+def like(tree: Any, x: Array) -> Any:
+  """Returns the tree with the leaves' leading axes, and the last of a leaf of x's rank, as x's."""
+  sharding = explicit(x)
+  if sharding is None:
+    return tree
+
+  def place(leaf):
+    spec = [sharding.spec[0], *(None,) * (leaf.ndim - 1)]
+    if leaf.ndim == x.ndim:
+      spec[-1] = sharding.spec[-1]
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P(*spec)))
+
+  return jax.tree.map(place, tree)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trellis_jax import nn
+from trellis_jax import nn, sharding
 from trellis_jax.ops import activations
 from trellis_jax.ops.grid import Grid, runs_of
 from trellis_jax.ops.state import TrellisState
@@ -252,7 +252,7 @@ class Mixer(nnx.Module):
       o = self.norm(o)
     if c.gate != "none":
       o = o * getattr(jax.nn, c.gate)(self.gate(x))
-    return self.out(o), State(memory, taps)
+    return self.out(o, out_sharding=sharding.explicit(x)), State(memory, taps)
 
   def op_knobs(self) -> dict[str, Any]:
     """Returns the op's static keyword arguments."""
@@ -269,18 +269,18 @@ class Mixer(nnx.Module):
     """Returns ((q, k, v, alpha, log_beta, gamma), the convolutions' next taps) for inputs x."""
     c = self.config
     heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
-    state = state or self.init_state(x.shape[0])
+    state = sharding.like(state or self.init_state(x.shape[0]), x)
     run = count = None
     if segment_ids is not None:
       run = runs_of(segment_ids, state.memory.segment)
       count = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
     h = self.qk(x)
+    taps = sharding.like(state.taps, h)
     q, k = (h, h) if c.share_qk else jnp.split(h, 2, axis=-1)
     if c.conv_taps > 1:
-      before = state.taps
-      bq, bk = (before, before) if c.share_qk else jnp.split(before, 2, axis=-1)
+      bq, bk = (taps, taps) if c.share_qk else jnp.split(taps, 2, axis=-1)
       q, k = self.conv_q(q, bq, run), self.conv_k(k, bk, run)
-    taps = nn.last_taps(h, state.taps, run, count)
+    taps = nn.last_taps(h, taps, run, count)
     v = self.v(x)
     if c.v_activation != "none":
       v = getattr(jax.nn, c.v_activation)(v)
@@ -326,7 +326,7 @@ class Mixer(nnx.Module):
       jnp.zeros(shape(self.head_dim)),
       jnp.zeros(shape(self.value_dim)),
     )
-    memory = tuple(s.astype(jnp.promote_types(s.dtype, jnp.float32)) for s in memory)
+    memory = tuple(s.astype(jnp.promote_types(self.dtype, jnp.float32)) for s in memory)
     taps = jnp.zeros((batch, c.conv_taps - 1, self.qk.out_features), self.dtype)
     return State(TrellisState.fresh(memory, batch, c.chunk_size), taps)
 

@@ -24,12 +24,16 @@ class Grid(NamedTuple):
   def of(cls, live, offset, num_slots: int) -> "Grid":
     """Lays the live tokens [B T] of each row side by side, from its offset [B] on."""
     slot = jnp.where(live, offset[:, None] + jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, -1)
-    rows = jnp.arange(live.shape[0])[:, None]
-    time = jnp.arange(live.shape[1], dtype=jnp.int32)[None]
-    empty = jnp.full((live.shape[0], num_slots), -1, jnp.int32)
-    # Padding writes outside of the row, which drops it.
-    token = empty.at[rows, jnp.where(live, slot, num_slots)].set(time, mode="drop")
-    return cls(slot, token)
+    time = jnp.arange(live.shape[1], dtype=jnp.int32)
+
+    # Row by row: a scatter over rows that are sharded has no sharding rule.
+    @jax.vmap
+    def tokens(live, slot):
+      empty = jnp.full((num_slots,), -1, jnp.int32)
+      # Padding writes outside of the row, which drops it.
+      return empty.at[jnp.where(live, slot, num_slots)].set(time, mode="drop")
+
+    return cls(slot, tokens(live, slot))
 
   def spread(self, x):
     """[B T ...] -> [B N ...], zero where a slot has no token."""
