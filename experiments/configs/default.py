@@ -18,8 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
   cfg = ml_collections.ConfigDict()
   cfg.seed = 0  # of the initial parameters and of the order of the data
   cfg.workdir = "runs/default"  # checkpoints, metrics, TensorBoard events; the same = go on there
-  cfg.steps = 1000  # updates in all
-  cfg.batch_size = 8  # sequences per update, over all devices
+  cfg.steps = 900  # updates in all
+  cfg.batch_size = 1  # sequences per update, over all devices
   cfg.seq_len = 1024  # tokens per sequence
   cfg.grad_accum = 1  # microbatches per update; memory falls with it, the result does not change
 
@@ -45,8 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.model = ml_collections.ConfigDict()
   cfg.model.mixer = "trellis"  # a name, or a pattern over the layers: "trellis,trellis,attention"
   cfg.model.width = 256  # features
-  cfg.model.num_layers = 6
-  cfg.model.num_heads = 4  # must divide the width
+  cfg.model.num_layers = 5
+  cfg.model.num_heads = 2  # must divide the width
   cfg.model.mlp_width = 0  # features; 0 = 8/3 of the width, rounded up to a multiple of 64
   cfg.model.tie_embeddings = True  # the head is the transposed embedding
   cfg.model.norm_eps = 1e-6  # of the RMSNorms
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.optim.peak_lr = 3e-3
   cfg.optim.end_lr_ratio = 0.01  # last learning rate / peak
   cfg.optim.schedule = "cosine"  # after the warm-up: "cosine", "linear", "wsd" (stay, then decay)
-  cfg.optim.warmup_steps = 100  # updates
+  cfg.optim.warmup_steps = 50  # updates
   cfg.optim.decay_steps = 200  # updates of wsd's decay; the other schedules decay all along
   cfg.optim.b1 = 0.9
   cfg.optim.b2 = 0.95
@@ -82,12 +82,12 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.distributed.process_id = -1
 
   cfg.checkpoint = ml_collections.ConfigDict()
-  cfg.checkpoint.every = 200  # steps; the last step is always saved
+  cfg.checkpoint.every = 150  # steps; the last step is always saved
   cfg.checkpoint.keep = 2  # newest checkpoints kept
 
   cfg.eval = ml_collections.ConfigDict()
-  cfg.eval.every = 200  # steps, and after the last one; 0 = never
-  cfg.eval.batches = 16  # batches of the validation split, the same ones each time
+  cfg.eval.every = 150  # steps, and after the last one; 0 = never
+  cfg.eval.batches = 32  # batches of the validation split, the same ones each time
 
   cfg.log = ml_collections.ConfigDict()
   cfg.log.every = 10  # steps per line of metrics.jsonl
