@@ -59,6 +59,8 @@ def train(job: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   if done.returncode not in (0, 1):  # 1: its numbers were no longer finite, which is a result
     raise SystemExit(done.stderr)
   records = metrics.read(folder / metrics.JSONL)
+  if not done.returncode and f"--config.steps={records[-1]['step']}" not in flags:
+    raise SystemExit(f"stopped at step {records[-1]['step']}; the same command goes on from there")
   failure = done.stderr.strip().splitlines()[-1] if done.returncode else ""
   origin = {"revision": revision, "jax": jax.__version__}
   return {**job, **summary(records), "failure": failure, **origin}
