@@ -9,10 +9,12 @@ with S_v, and S- and S+ the memory before and after the token's write:
 The effective rank of a memory is exp(-sum p log p), p its singular values divided by their sum.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Float
 
 from trellis_jax.mixers import trellis as trellis_mixer
@@ -36,18 +38,26 @@ def trace_lm(
     every: tokens between two snapshots of the memories; divides T.
   """
 
+  graph, params = nnx.split(lm)
+  repeated, rest = _trace_layers(graph, every, params, tokens, segment_ids)
+  traces = []
+  for i in range(lm.cfg.num_layers // len(lm.cfg.pattern)):
+    traces += [jax.tree.map(lambda x: x[i], trace) for trace in repeated]
+  return [*traces, *rest]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trace_layers(graph, every, params, tokens, segment_ids):
+  """Returns the traces of the repeated layers, stacked, and of the rest."""
+  lm = nnx.merge(graph, params)
+
   def run(block, x, _):
     trace = {}
     if isinstance(block.mixer, trellis_mixer.Mixer):
       trace = trace_mixer(block.mixer, block.mixer_norm(x), segment_ids=segment_ids, every=every)
     return block(x, segment_ids=segment_ids)[0], trace
 
-  _, (repeated, rest) = jax.jit(lambda x: lm.over_layers(run, x))(lm.embed(tokens))
-  traces = []
-  repeats = lm.cfg.num_layers // len(lm.cfg.pattern)
-  for i in range(repeats):
-    traces += [jax.tree.map(lambda x: x[i], trace) for trace in repeated]
-  return [*traces, *rest]
+  return lm.over_layers(run, lm.embed(tokens))[1]
 
 
 def trace_mixer(
