@@ -83,22 +83,24 @@ def summary(records: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]], seeds: int) -> str:
-  """One row per setting; a seed that has not ended is "..", an onset that never came "-",
-  and a run that was no longer finite says that it stopped."""
+  """One row per setting: accuracy and onset per seed, and what a run takes."""
   rows = []
   for setting in SETTINGS:
     runs = {line["seed"]: line for line in lines if line["setting"] == setting}
-    row = [setting]
-    for name, form in (("accuracy", "{:.4f}".format), ("onset", str)):
-      for seed in range(seeds):
-        value = runs[seed][name] if seed in runs else ".."
-        row.append(value if value == ".." else "-" if value is None else form(value))
-        row[-1] += " (stopped)" * bool(seed in runs and runs[seed]["failure"])
     minutes = [line["seconds"] / 60 for line in runs.values()]
-    rows.append([*row, f"{sum(minutes) / len(minutes):.1f}" if minutes else ".."])
-  columns = ["reading", *(f"accuracy, seed {s}" for s in range(seeds))]
-  columns += [*(f"onset, seed {s}" for s in range(seeds)), "minutes a run"]
+    mean = f"{sum(minutes) / len(minutes):.1f}" if minutes else ".."
+    rows.append([setting, *(cell(runs.get(seed)) for seed in range(seeds)), mean])
+  columns = ["reading", *(f"seed {s}" for s in range(seeds)), "minutes a run"]
   return tabulate.tabulate(rows, columns, tablefmt="github", disable_numparse=True)
+
+
+def cell(line: dict[str, Any] | None) -> str:
+  """ "0.9925 (300)": accuracy and onset, "-" for none; ".." for a run that has not ended."""
+  if line is None:
+    return ".."
+  if line["failure"]:
+    return f"not finite, step {line['steps']}"
+  return f"{line['accuracy']:.4f} ({line['onset'] or '-'})"
 
 
 def report(lines: list[dict[str, Any]], steps: int, seeds: int, command: str) -> str:
@@ -109,9 +111,9 @@ def report(lines: list[dict[str, Any]], steps: int, seeds: int, command: str) ->
 
 MQAR through the training path: 6 pairs after 20 blank tokens, T = 64, vocabulary 64, M = D = 32,
 2 layers, width 64, {steps:,} steps of 32 examples. Accuracy: held-out queries that are answered
-right, of 6,144; guessing among an example's six values gives 0.17. Onset: the first logged step
-whose batch is answered right in more than half of its queries. Revisions: {revisions}; jax
-{versions}.
+right, of 6,144; guessing among an example's six values gives 0.17. In parentheses its onset: the
+first logged step whose batch is answered right in more than half of its queries, - for none.
+Revisions: {revisions}; jax {versions}.
 
 {table(lines, seeds)}
 """

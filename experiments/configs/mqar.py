@@ -42,9 +42,12 @@ def get_config(reading: str = "") -> ml_collections.ConfigDict:
 
   cfg.optim.peak_lr = 3e-3
   cfg.optim.end_lr_ratio = 0.05
+  cfg.optim.schedule = "cosine"
   cfg.optim.warmup_steps = cfg.steps // 10
+  cfg.optim.b1 = 0.9
   cfg.optim.b2 = 0.98
   cfg.optim.weight_decay = 0.01
+  cfg.optim.clip = 1.0
 
   cfg.checkpoint.every = 500
   cfg.checkpoint.keep = 1
