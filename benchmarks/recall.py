@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def train(job: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def summary(records: list[dict[str, float]]) -> dict[str, Any]:
-  """What a line says of a run's metrics: the last held-out accuracy, its onset and its time.
+  """What a line says of a run's metrics: the last held-out accuracy, its onset and its time in steps.
 
   The onset is the first logged step whose batch, of examples that no earlier step has seen, is
   answered right in more than half of its queries; None when there is none.
@@ -78,7 +79,8 @@ def summary(records: list[dict[str, float]]) -> dict[str, Any]:
     "steps": records[-1]["step"],
     "accuracy": evaluated[-1] if evaluated else None,
     "onset": next((r["step"] for r in records if r["train/accuracy"] > ONSET), None),
-    "seconds": round(records[-1]["step"] * sum(timed) / len(timed), 1),
+    # By the median, so that a pause of the machine does not count.
+    "seconds": round(records[-1]["step"] * statistics.median(timed), 1),
   }
 
 
