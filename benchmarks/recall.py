@@ -68,7 +68,7 @@ def train(job: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def summary(records: list[dict[str, float]]) -> dict[str, Any]:
-  """What a line says of a run's metrics: the last held-out accuracy, its onset and its time in steps.
+  """What a line says of a run's metrics: the last held-out accuracy, its onset and its time.
 
   The onset is the first logged step whose batch, of examples that no earlier step has seen, is
   answered right in more than half of its queries; None when there is none.
