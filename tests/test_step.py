@@ -97,8 +97,9 @@ def test_metrics_are_those_of_the_update():
   moved = jax.tree.map(jnp.subtract, new.params, state.params)
   np.testing.assert_allclose(metrics["update_norm"], norm(moved), rtol=1e-4)
   np.testing.assert_allclose(metrics["param_norm"], norm(new.params), rtol=1e-6)
+  warming = default.get_config().optim
   np.testing.assert_allclose(
-    metrics["learning_rate"], default.get_config().optim.peak_lr / 100, rtol=1e-6
+    metrics["learning_rate"], warming.peak_lr / warming.warmup_steps, rtol=1e-6
   )
   grads = jax.grad(lambda p: sums_fn(p, batch).objective / count)(state.params)
   np.testing.assert_allclose(metrics["grad_norm"], norm(grads), rtol=1e-5)  # before the clip
