@@ -276,15 +276,15 @@ def test_views_set_modes():
 def test_initialisers_reach_the_maps():
   ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
   mixer = build(kernel_init=ones, out_kernel_init=zeros, use_bias=True, bias_init=ones).mixer
-  for name in ("qk", "v", "alpha", "gate"):
-    np.testing.assert_array_equal(getattr(mixer, name).kernel[...], 1)
-    np.testing.assert_array_equal(getattr(mixer, name).bias[...], 1)
-  np.testing.assert_array_equal(mixer.out.kernel[...], 0)
-  np.testing.assert_array_equal(mixer.out.bias[...], 1)
+  for part in (mixer.qk, mixer.v, mixer.alpha, mixer.output.gate):
+    np.testing.assert_array_equal(part.kernel[...], 1)
+    np.testing.assert_array_equal(part.bias[...], 1)
+  np.testing.assert_array_equal(mixer.output.out.kernel[...], 0)
+  np.testing.assert_array_equal(mixer.output.out.bias[...], 1)
   assert mixer.gates.bias is None
-  assert build().mixer.out.bias is None
+  assert build().mixer.output.out.bias is None
   mixer = build(kernel_init=ones, use_bias=True, out_bias_init=ones).mixer
-  np.testing.assert_array_equal(mixer.out.kernel[...], 1)
+  np.testing.assert_array_equal(mixer.output.out.kernel[...], 1)
   np.testing.assert_array_equal(mixer.qk.bias[...], 0)
 
 
@@ -303,7 +303,7 @@ def test_metadata_and_functions_reach_the_maps():
   )
   jax.eval_shape(layer, X)
   assert called == ["highest"]
-  assert layer.mixer.v.kernel.role == "in" and layer.mixer.out.kernel.role == "out"
+  assert layer.mixer.v.kernel.role == "in" and layer.mixer.output.out.kernel.role == "out"
   assert layer.mixer.precision == "highest"
 
 

@@ -1,10 +1,14 @@
 """Parts that the mixers and the model share."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from trellis_jax import sharding
 from trellis_jax.typing import Array
 
 
@@ -94,3 +98,67 @@ class SwiGLU(nnx.Module):
   def __call__(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
     """Returns the MLP's output, of x's width."""
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Output(nnx.Module):
+  """From a recurrence's heads to the residual stream, as all mixers do it (paper, Fig. 1).
+
+  y = W_o (norm(o) * act(W_g x)), or W_o norm(o * act(W_g x)) with `gate_first`.
+  """
+
+  def __init__(
+    self,
+    width: int,
+    num_heads: int,
+    value_dim: int,
+    *,
+    out_features: int | None = None,
+    gate: str,
+    post_norm: str,
+    gate_first: bool = False,
+    maps: Mapping[str, Any],
+    out_map: Mapping[str, Any],
+    rngs: nnx.Rngs,
+    **kw,
+  ):
+    """Builds the parameters.
+
+    Args:
+      width: of x.
+      num_heads: H.
+      value_dim: V.
+      out_features: width of y; None is `width`.
+      gate: name of the activation in jax.nn, or "none".
+      post_norm: RMSNorm over all heads ("rms"), each head ("head_rms"), or "none".
+      gate_first: whether the gate comes before the norm.
+      maps, out_map: keywords of `linear` for the gate's map and for W_o.
+      rngs: of the initial values.
+      **kw: dtype and param_dtype.
+    """
+    self.gate_name, self.post_norm, self.gate_first = gate, post_norm, gate_first
+    values, out_features = num_heads * value_dim, out_features or width
+    self.num_weights = values * (out_features + (gate != "none") * width)
+    if gate != "none":
+      self.gate = linear(width, values, **(dict(rngs=rngs) | kw | maps))
+    if post_norm != "none":
+      norm_width = value_dim if post_norm == "head_rms" else values
+      self.norm = nnx.RMSNorm(norm_width, epsilon=1e-6, rngs=rngs, **kw)
+    self.out = linear(values, out_features, **(dict(rngs=rngs) | kw | out_map))
+
+  def __call__(
+    self, o: Float[Array, "B T H V"], x: Float[Array, "B T W"]
+  ) -> Float[Array, "B T out"]:
+    """Returns y for a recurrence's outputs o and the mixer's inputs x."""
+    gate = lambda o: o
+    if self.gate_name != "none":
+      gate = lambda o: o * getattr(jax.nn, self.gate_name)(self.gate(x)).reshape(o.shape)
+    if self.gate_first:
+      o = gate(o)
+    if self.post_norm == "head_rms":
+      o = self.norm(o)
+    o = o.reshape(*o.shape[:2], -1)
+    if self.post_norm == "rms":
+      o = self.norm(o)
+    if not self.gate_first:
+      o = gate(o)
+    return self.out(o, out_sharding=sharding.explicit(x))

@@ -19,6 +19,7 @@ class MixerProtocol(Protocol):
     *,
     segment_ids: SegmentIds | None = None,
     positions: Tokens | None = None,
+    implementation: str | None = None,
   ) -> tuple[Hidden, Any]:
     """Returns (y of x's shape, the state after the last token).
 
@@ -26,7 +27,8 @@ class MixerProtocol(Protocol):
       x: inputs [B, T, width].
       state: where to go on from; None for fresh rows.
       segment_ids: documents of a packed row; nothing crosses a change of id, 0 is padding.
-      positions: of the tokens in their documents, for mixers that encode them.
+      positions: of the tokens in their documents, for mixers that encode them; None counts them.
+      implementation: of the recurrence, for mixers that have several.
     """
     ...
 

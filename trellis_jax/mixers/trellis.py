@@ -201,14 +201,19 @@ class Mixer(nnx.Module):
     if c.initial_memory == "learned":
       start = lambda n: c.memory_std * rngs.params.normal((num_heads, c.num_slots, n), param_dtype)
       self.memory_k, self.memory_v = nnx.Param(start(d)), nnx.Param(start(v))
-    if c.gate != "none":
-      self.gate = project(v)
-    if c.post_norm != "none":
-      norm_width = v if c.post_norm == "head_rms" else num_heads * v
-      self.norm = nnx.RMSNorm(norm_width, epsilon=1e-6, rngs=rngs, **kw)
     std = ((num_heads * v) ** -0.5 if init_std is None else init_std) * out_scale
-    out_map = dict(init_std=std, rngs=rngs) | kw | out_projection
-    self.out = nn.linear(num_heads * v, out_features or width, **out_map)
+    self.output = nn.Output(
+      width,
+      num_heads,
+      v,
+      out_features=out_features,
+      gate=c.gate,
+      post_norm=c.post_norm,
+      maps=dict(init_std=init_std) | projections,
+      out_map=dict(init_std=std) | out_projection,
+      rngs=rngs,
+      **kw,
+    )
 
   def _step_bias(self) -> float:
     c = self.config
@@ -234,7 +239,6 @@ class Mixer(nnx.Module):
     return grid.collect(y), state
 
   def _mix(self, x, state, segment_ids, implementation):
-    c = self.config
     inputs, taps = self.op_inputs(x, state, segment_ids)
     o, memory = trellis(
       *inputs,
@@ -244,15 +248,7 @@ class Mixer(nnx.Module):
       implementation=implementation,
       **self.op_knobs(),
     )
-    o = o.astype(self.dtype)
-    if c.post_norm == "head_rms":
-      o = self.norm(o)
-    o = o.reshape(*o.shape[:2], -1)
-    if c.post_norm == "rms":
-      o = self.norm(o)
-    if c.gate != "none":
-      o = o * getattr(jax.nn, c.gate)(self.gate(x))
-    return self.out(o, out_sharding=sharding.explicit(x)), State(memory, taps)
+    return self.output(o.astype(self.dtype), x), State(memory, taps)
 
   def op_knobs(self) -> dict[str, Any]:
     """Returns the op's static keyword arguments."""
@@ -334,10 +330,8 @@ class Mixer(nnx.Module):
     """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head."""
     c, d, v = self.config, self.head_dim, self.value_dim
     m, chunk = c.num_slots, c.chunk_size
-    maps = self.qk.in_features * (
-      self.qk.out_features + self.num_heads * (v + m + 2 + (c.gate != "none") * v)
-    )
-    maps += self.out.in_features * self.out.out_features
+    maps = self.qk.in_features * (self.qk.out_features + self.num_heads * (v + m + 2))
+    maps += self.output.num_weights
     memory = 3 * m * (d + v) + chunk * (d + m) + chunk * (m + v)
     return 2 * num_tokens * (maps + self.num_heads * memory)
 
