@@ -1,0 +1,190 @@
+"""Trains replicas of one run side by side: every seed with every learning rate, in one program.
+
+Small models leave a machine idle, so a study's replicas share each step. A replica computes what a
+run of experiments/train.py with its seed and peak learning rate computes: AdamW's update is its
+learning rate times what does not depend on it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import config, data, optim
+from experiments import step as step_lib
+from experiments.errors import UserError
+from trellis_jax import LM
+
+ONSET = 0.5  # accuracy of a batch of unseen examples
+
+
+@dataclasses.dataclass
+class Replica:
+  """What is known of one replica; lists have an entry per logged step or per evaluation.
+
+  Attributes:
+    seed, peak_lr: what tells it from the others.
+    steps: logged steps; train_loss, train_accuracy, grad_norm: at those steps.
+    eval_steps: evaluated steps; eval_loss, eval_accuracy: on held-out rows, at those steps.
+    lost: the first logged step whose loss or gradient was not finite; None for none.
+  """
+
+  seed: int
+  peak_lr: float
+  steps: list[int] = dataclasses.field(default_factory=list)
+  train_loss: list[float] = dataclasses.field(default_factory=list)
+  train_accuracy: list[float] = dataclasses.field(default_factory=list)
+  grad_norm: list[float] = dataclasses.field(default_factory=list)
+  eval_steps: list[int] = dataclasses.field(default_factory=list)
+  eval_loss: list[float] = dataclasses.field(default_factory=list)
+  eval_accuracy: list[float] = dataclasses.field(default_factory=list)
+  lost: int | None = None
+
+  @property
+  def onset(self) -> int | None:
+    """The first logged step whose batch is answered right in more than half of its targets."""
+    return next((n for n, a in zip(self.steps, self.train_accuracy) if a > ONSET), None)
+
+  def line(self) -> dict[str, Any]:
+    """Returns it as a record of a study, its numbers rounded to what is worth keeping."""
+    keep = lambda x: float(f"{x:.4g}") if isinstance(x, float) and math.isfinite(x) else x
+    fields = {
+      k: [keep(x) for x in v] if isinstance(v, list) else v
+      for k, v in dataclasses.asdict(self).items()
+    }
+    last = lambda name: fields[name][-1] if fields[name] else None
+    return fields | {
+      "onset": self.onset,
+      "accuracy": None if self.lost else last("eval_accuracy"),
+      "loss": None if self.lost else last("eval_loss"),
+    }
+
+
+def train(
+  cfg: ml_collections.ConfigDict,
+  seeds: Sequence[int],
+  peak_lrs: Sequence[float],
+  on_log: Callable[[int, list[Replica]], None] = lambda step, replicas: None,
+) -> list[Replica]:
+  """Trains every seed with every peak learning rate, on one device.
+
+  Args:
+    cfg: a run's config; its `seed` and `optim.peak_lr` are those of the replicas instead.
+    seeds: of the initial parameters and of the order of the data.
+    peak_lrs: learning rates after the warm-up.
+    on_log: called with (step, replicas) after every logged step.
+
+  Raises:
+    UserError: a field of the config, or an empty list of seeds or rates.
+  """
+  config.check(cfg)
+  if not seeds or not peak_lrs:
+    raise UserError(f"seeds={list(seeds)} and peak_lrs={list(peak_lrs)}; accepted is at least one")
+  dataset = data.load(cfg.data)
+  program = _Program.of(cfg, dataset, peak_lrs)
+  replicas = [[Replica(seed, lr) for lr in peak_lrs] for seed in seeds]
+  flat = [replica for row in replicas for replica in row]
+  rows = lambda split, **kw: data.loader(
+    split,
+    seq_len=cfg.seq_len,
+    batch_size=cfg.batch_size,
+    packing=cfg.data.packing,
+    align=cfg.data.align,
+    **kw,
+  )
+  held_out = [
+    batch
+    for _, batch in zip(
+      range(cfg.eval.batches), rows(dataset.validation, shuffle=False, repeat=False)
+    )
+  ]
+  loaders = [rows(dataset.train, seed=seed) for seed in seeds]
+  state = program.init(jnp.asarray(seeds, jnp.uint32))
+  due = lambda n, every: every and (n % every == 0 or n == cfg.steps)
+  for n in range(1, cfg.steps + 1):
+    batch = jax.tree.map(lambda *x: np.stack(x), *(next(loader) for loader in loaders))
+    state, values = program.update(state, batch)
+    if due(n, cfg.log.every):
+      _note(n, replicas, jax.device_get(values))
+    if due(n, cfg.eval.every):
+      _evaluate(n, replicas, [program.evaluate(state.params, batch) for batch in held_out])
+    if due(n, cfg.log.every):
+      on_log(n, flat)
+  return flat
+
+
+class _Program:
+  """The jitted functions of a study's cell, over [seeds, rates]."""
+
+  def __init__(self, init, update, evaluate):
+    self.init, self.update, self.evaluate = init, update, evaluate
+
+  @classmethod
+  def of(cls, cfg, dataset, peak_lrs) -> "_Program":
+    lm_config = config.lm_config(cfg.model, dataset.vocab_size)
+    optim_cfg = ml_collections.ConfigDict(cfg.optim.to_dict())
+    optim_cfg.peak_lr = 1.0
+    optimizer = optim.optimizer(optim_cfg, cfg.steps)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(lm_config, rngs=nnx.Rngs(0))), nnx.Param)
+    sums_fn = step_lib.loss_fn(graphdef, z_loss=cfg.optim.z_loss, batch_shards=1)
+    rates = jnp.asarray(peak_lrs, jnp.float32)
+
+    def init(seed):
+      make = lambda: LM(lm_config, rngs=nnx.Rngs(jax.random.key(seed)))
+      state = step_lib.init_state(make, optimizer)
+      return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (len(peak_lrs), *x.shape)), state)
+
+    def update(state, rate, batch):
+      grads, sums = step_lib.gradients(sums_fn, state.params, batch, cfg.grad_accum)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+      mean = step_lib.per_token(sums)
+      values = {
+        "train_loss": sums.nll / mean,
+        "train_accuracy": sums.correct / mean,
+        "grad_norm": optax.tree.norm(grads),
+      }
+      return step_lib.State(state.step + 1, params, opt_state), values
+
+    def evaluate(params, batch):
+      sums = sums_fn(params, batch)
+      return jnp.stack([sums.nll, sums.correct, sums.count])
+
+    per_rate = jax.vmap(lambda s, r, b: update(s, r, b), in_axes=(0, 0, None))
+    return cls(
+      init=jax.jit(jax.vmap(init)),
+      update=jax.jit(jax.vmap(lambda s, b: per_rate(s, rates, b)), donate_argnums=0),
+      evaluate=jax.jit(jax.vmap(jax.vmap(evaluate, in_axes=(0, None)), in_axes=(0, None))),
+    )
+
+
+def _each(replicas):
+  """Yields (position, replica) of all replicas that are not lost."""
+  for i, row in enumerate(replicas):
+    for j, replica in enumerate(row):
+      if replica.lost is None:
+        yield (i, j), replica
+
+
+def _note(n: int, replicas, values) -> None:
+  for at, replica in _each(replicas):
+    replica.steps.append(n)
+    for name, value in values.items():
+      getattr(replica, name).append(float(value[at]))
+    if not (math.isfinite(replica.train_loss[-1]) and math.isfinite(replica.grad_norm[-1])):
+      replica.lost = n
+
+
+def _evaluate(n: int, replicas, parts) -> None:
+  nll, correct, count = np.moveaxis(np.sum(jax.device_get(parts), axis=0, dtype=np.float64), -1, 0)
+  for at, replica in _each(replicas):
+    replica.eval_steps.append(n)
+    replica.eval_loss.append(float(nll[at] / count[at]))
+    replica.eval_accuracy.append(float(correct[at] / count[at]))
