@@ -14,12 +14,20 @@ from trellis_jax import LM, LMConfig, mixers, sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SMALL = {"trellis": dict(num_slots=6, chunk_size=4)}
+SMALL = {
+  "abc": dict(num_slots=6),
+  "gsa": dict(num_slots=6),
+  "mamba2": dict(state_dim=8),
+  "trellis": dict(num_slots=6, chunk_size=4),
+}
 VOCAB, T = 29, 18
 
 
 def _lm(mixer="trellis", num_layers=2, knobs=None, **kw):
-  knobs = {"trellis": SMALL["trellis"] | (knobs or {})}
+  names = (mixer,) if isinstance(mixer, str) else mixer
+  # Chunks that 18 tokens fill twice.
+  small = lambda name: {"chunk_size": 8} | SMALL.get(name, {}) | (knobs or {})
+  knobs = {name: small(name) for name in names}
   cfg = LMConfig(VOCAB, 16, num_layers, 2, mlp_width=24, mixer=mixer, mixers=knobs, **kw)
   return LM(cfg, rngs=nnx.Rngs(0))
 

@@ -17,7 +17,10 @@ from trellis_jax.typing import Array
 _RULES = (
   (r"embedding$", ("model", "fsdp")),
   (r"(^|/)head$", ("fsdp", "model")),
-  (r"gates/kernel$", ("fsdp", None)),
+  (r"(gates|low)/kernel$", ("fsdp", None)),
+  (r"high/kernel$", (None, "model")),
+  (r"conv_bc/kernel$", (None, None)),
+  (r"bc/kernel$", ("fsdp", None)),
   (r"conv_\w+/kernel$", (None, "model")),
   (r"(out|down)/kernel$", ("model", "fsdp")),
   (r"kernel$", ("fsdp", "model")),
