@@ -14,12 +14,18 @@ from trellis_jax import LM, LMConfig, mixers, sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SMALL = {"trellis": dict(num_slots=6, chunk_size=4)}
+SMALL = {
+  "lattice": dict(num_slots=6, chunk_size=4),
+  "titans": dict(chunk_size=4),
+  "trellis": dict(num_slots=6, chunk_size=4),
+  "ttt_linear": dict(chunk_size=4),
+  "ttt_mlp": dict(chunk_size=4),
+}
 VOCAB, T = 29, 18
 
 
 def _lm(mixer="trellis", num_layers=2, knobs=None, **kw):
-  knobs = {"trellis": SMALL["trellis"] | (knobs or {})}
+  knobs = SMALL | {"trellis": SMALL["trellis"] | (knobs or {})}
   cfg = LMConfig(VOCAB, 16, num_layers, 2, mlp_width=24, mixer=mixer, mixers=knobs, **kw)
   return LM(cfg, rngs=nnx.Rngs(0))
 

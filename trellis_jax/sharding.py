@@ -21,7 +21,8 @@ _RULES = (
   (r"conv_\w+/kernel$", (None, "model")),
   (r"(out|down)/kernel$", ("model", "fsdp")),
   (r"kernel$", ("fsdp", "model")),
-  (r"memory_[kv]$", ("model", None, None)),
+  (r"memory_([kv]|slots|weights/\d+)$", ("model", None, None)),
+  (r"memory_biases/\d+$", ("model", None)),
 )
 
 
