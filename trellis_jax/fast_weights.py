@@ -1,5 +1,6 @@
 """The shell of mixers whose memory is a small network per head, trained by the tokens."""
 
+import itertools
 import math
 
 import jax
@@ -23,7 +24,7 @@ class Mixer(shell.Mixer):
   ) -> None:
     """Makes the initial network of layers widths[l] -> widths[l + 1], N(0, stds[l]) and zeros."""
     h = self.num_heads
-    self._layers = tuple(zip(widths[:-1], widths[1:]))
+    self._layers = tuple(itertools.pairwise(widths))
     draw = lambda size, std: std * rngs.params.normal((h, *size), self.param_dtype)
     self.memory_weights = nnx.List([nnx.Param(draw(*x)) for x in zip(self._layers, stds)])
     self._bias = bias

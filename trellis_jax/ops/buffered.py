@@ -92,7 +92,7 @@ def over_chunks(
   """Runs a recurrence over the tokens of a call.
 
   Args:
-    step: one chunk of the recurrence; under autodiff it is computed again, not stored.
+    step: one chunk of the recurrence.
     init: the memory after a restart, leaves [...].
     state: before the tokens.
     written, read: the tokens' arrays [B, T, ...] that later tokens depend on, and the others.
@@ -105,7 +105,8 @@ def over_chunks(
     (the outputs [B, T, ...], 0 at padding; the state after the last live token).
   """
   batch, length = jax.tree.leaves(written)[0].shape[:2]
-  slots = math.ceil((length + (0 if fresh else chunk_size - 1)) / chunk_size) * chunk_size
+  groups, per_group = _grouped(length + (0 if fresh else chunk_size - 1), chunk_size)
+  slots = groups * per_group * chunk_size
   live = jnp.ones((batch, length), bool)
   if count is not None:
     live = jnp.arange(length)[None] < count[:, None]
@@ -120,23 +121,25 @@ def over_chunks(
   done = end // chunk_size
   run = None if run is None else _fill(grid.spread(run), state.offset, end)
 
-  cut = lambda x: jnp.swapaxes(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 0, 1)
   first = jax.tree.map(lambda s: s[None], init)
-  xs = (written, jax.tree.map(grid.spread, read), _entries(run, chunk_size), run)
-  xs = jax.tree.map(cut, xs[:2]) + (xs[2], None if run is None else cut(run))
+  cut = lambda x: jnp.swapaxes(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 0, 1)
+  xs = jax.tree.map(cut, (written, jax.tree.map(grid.spread, read), run))
+  xs = (jnp.arange(groups * per_group), *xs, _entries(run, chunk_size))
+  xs = jax.tree.map(lambda x: x.reshape(groups, per_group, *x.shape[1:]), xs)
 
-  @jax.checkpoint
   def body(memory, x):
-    i, (written, read, entry, run) = x
+    i, written, read, run, entry = x
     runs = None if run is None else Runs.of(run, entry)
     after, out = step(memory, first, written, read, runs)
     # Rows end at different chunks; what the empty slots behind an end make is dropped.
     whole = i < done
     return _select(whole, after, memory), out
 
-  memory, out = jax.lax.scan(body, state.memory, (jnp.arange(slots // chunk_size), xs))
-  out = jnp.swapaxes(out, 0, 1)
-  out = grid.collect(out.reshape(batch, slots, *out.shape[3:]))
+  # The backward keeps the memories at the groups' starts, and one group's steps at a time.
+  group = jax.checkpoint(lambda memory, xs: jax.lax.scan(body, memory, xs), prevent_cse=False)
+  memory, out = jax.lax.scan(group, state.memory, xs)
+  out = jnp.moveaxis(out, 2, 0)
+  out = grid.collect(out.reshape(batch, slots, *out.shape[4:]))
 
   at = done[:, None] * chunk_size + jnp.arange(chunk_size - 1, dtype=jnp.int32)[None]
   keep, at = at < end[:, None], jnp.minimum(at, slots - 1)
@@ -146,6 +149,13 @@ def over_chunks(
     keep = keep & (jnp.take_along_axis(run, at, axis=1) == final[:, None])
   written = jax.tree.map(lambda x: _take(x, at, keep), written)
   return out, ChunkState(memory, written, end % chunk_size)
+
+
+def _grouped(num_tokens: int, chunk_size: int) -> tuple[int, int]:
+  """Returns (groups, chunks of a group), about as many of the one as of the other."""
+  chunks = math.ceil(num_tokens / chunk_size)
+  groups = math.isqrt(chunks)
+  return groups, math.ceil(chunks / groups)
 
 
 def _fill(run, offset, end):
