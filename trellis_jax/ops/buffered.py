@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
+from trellis_jax import sharding
 from trellis_jax.ops.decay import Runs
 from trellis_jax.ops.grid import Grid
 from trellis_jax.typing import Array
@@ -41,8 +42,8 @@ class ChunkState:
   """What `over_chunks` carries from call to call.
 
   Attributes:
-    memory: at the start of the open chunk, leaves [B, ...].
-    written: the last run's tokens in the open chunk, leaves [B, C-1, ...], the rest zeros.
+    memory: at the start of the open chunk, leaves [B, H, ...].
+    written: the last run's tokens in the open chunk, leaves [B, C-1, H, ...], the rest zeros.
     offset: tokens of the open chunk, 0 .. C - 1.
   """
 
@@ -55,7 +56,7 @@ class ChunkState:
     """Returns the state of `batch` rows before their first token.
 
     Args:
-      init: the memory that sequences start from, leaves [...].
+      init: the memory that sequences start from, leaves [H, ...].
       token: shape of each array of a written token.
       batch: B.
       chunk_size: C.
@@ -93,9 +94,9 @@ def over_chunks(
 
   Args:
     step: one chunk of the recurrence.
-    init: the memory after a restart, leaves [...].
+    init: the memory after a restart, leaves [H, ...].
     state: before the tokens.
-    written, read: the tokens' arrays [B, T, ...] that later tokens depend on, and the others.
+    written, read: the tokens' arrays [B, T, H, ...] that later tokens depend on, and the others.
     run: number of restarts up to each token, 0 for tokens of the state's run; None: none.
     count: live tokens of each row, which stand in front of the padding; None: all.
     chunk_size: C.
@@ -104,13 +105,21 @@ def over_chunks(
   Returns:
     (the outputs [B, T, ...], 0 at padding; the state after the last live token).
   """
-  batch, length = jax.tree.leaves(written)[0].shape[:2]
+  tokens = jax.tree.leaves(written)[0]
+  batch, length = tokens.shape[:2]
+  init = sharding.along(init, tokens, (2,))
+  written, read = (sharding.along(x, tokens, (0, None, 2)) for x in (written, read))
+  state = ChunkState(
+    sharding.along(state.memory, tokens, (0, 2)),
+    sharding.along(state.written, tokens, (0, None, 2)),
+    sharding.along(state.offset, tokens, (0,)),
+  )
   groups, per_group = _grouped(length + (0 if fresh else chunk_size - 1), chunk_size)
   slots = groups * per_group * chunk_size
   live = jnp.ones((batch, length), bool)
   if count is not None:
     live = jnp.arange(length)[None] < count[:, None]
-  grid = Grid.of(live, state.offset, slots)
+  grid = Grid.of(sharding.along(live, tokens, (0,)), state.offset, slots)
   open_chunk = lambda x: jnp.pad(x, [(0, 0), (0, slots - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
   # Each slot has a token of the call, or an earlier one, or none: the others are zeros.
   lay = lambda x, before: grid.spread(x.astype(before.dtype)) + open_chunk(before)

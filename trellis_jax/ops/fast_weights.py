@@ -218,7 +218,8 @@ def gradients(loss: Loss, weights: Network, init: Network, entered, k, v):
     return jnp.sum(loss(x, k, v)), xs
 
   # The gradient with respect to a shift of z_l is g_l: no weight gradient is ever formed.
-  shifts = [jnp.zeros((*k.shape[:-1], w.weight.shape[-1]), k.dtype) for w in weights]
+  zero = jnp.zeros_like(k[..., :1])
+  shifts = [jnp.repeat(zero, w.weight.shape[-1], axis=-1) for w in weights]
   gs, xs = jax.grad(run, has_aux=True)(shifts)
   return xs, gs
 
