@@ -14,20 +14,19 @@ from trellis_jax import LM, LMConfig, mixers, sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SMALL = {
-  "abc": dict(num_slots=6),
-  "gsa": dict(num_slots=6),
-  "mamba2": dict(state_dim=8),
-  "trellis": dict(num_slots=6, chunk_size=4),
-}
+# Knobs that a mixer takes if it has them: memories and chunks that 18 tokens fill more than once.
+SMALL = dict(num_slots=6, chunk_size=4, state_dim=8)
 VOCAB, T = 29, 18
+
+
+def _small(mixer):
+  fields = [f.name for f in dataclasses.fields(mixers.get(mixer).Config)]
+  return {name: value for name, value in SMALL.items() if name in fields}
 
 
 def _lm(mixer="trellis", num_layers=2, knobs=None, **kw):
   names = (mixer,) if isinstance(mixer, str) else mixer
-  # Chunks that 18 tokens fill twice.
-  small = lambda name: {"chunk_size": 8} | SMALL.get(name, {}) | (knobs or {})
-  knobs = {name: small(name) for name in names}
+  knobs = {name: _small(name) | (knobs or {}) for name in names}
   cfg = LMConfig(VOCAB, 16, num_layers, 2, mlp_width=24, mixer=mixer, mixers=knobs, **kw)
   return LM(cfg, rngs=nnx.Rngs(0))
 

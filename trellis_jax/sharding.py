@@ -24,7 +24,8 @@ _RULES = (
   (r"conv_\w+/kernel$", (None, "model")),
   (r"(out|down)/kernel$", ("model", "fsdp")),
   (r"kernel$", ("fsdp", "model")),
-  (r"memory_[kv]$", ("model", None, None)),
+  (r"memory_([kv]|slots|weights/\d+)$", ("model", None, None)),
+  (r"memory_biases/\d+$", ("model", None)),
 )
 
 
@@ -78,3 +79,14 @@ def like(tree: Any, x: Array) -> Any:
     return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P(*spec)))
 
   return jax.tree.map(place, tree)
+
+
+def along(tree: Any, x: Array, axes: tuple[int | None, ...]) -> Any:
+  """Returns the tree with the leaves' leading axes placed as these axes of x; None is whole."""
+  sharding = explicit(x)
+  if sharding is None:
+    return tree
+  spec = P(*(None if i is None else sharding.spec[i] for i in axes))
+  return jax.tree.map(
+    lambda leaf: jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec)), tree
+  )
