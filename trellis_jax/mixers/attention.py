@@ -24,7 +24,10 @@ from trellis_jax import rotary, shell
 from trellis_jax.ops import attention
 from trellis_jax.typing import Array
 
-IMPLEMENTATIONS = attention.IMPLEMENTATIONS
+
+def implementations() -> tuple[str, ...]:
+  """Returns the names that `implementation=` takes, those of `jax.nn.dot_product_attention`."""
+  return attention.IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
