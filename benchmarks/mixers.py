@@ -127,10 +127,11 @@ def report(lines: list[dict[str, Any]], command: str) -> str:
   first = lines[0]
   return f"""    {command}
 
-{first["machine"]}; revision {first["revision"]}. One layer of each mixer with its defaults, fp32,
-width {WIDTH}, {HEADS} heads. Batch {BATCH}, T = {first["T"]:,}: tokens per second, the compiler's
-temporary memory of forward and backward, a forward's FLOPs. "x token loop": forward against
-decoding the same mixer token by token. State: what a row carries from token to token.
+{first["machine"]}; revision {first["revision"]}.
+One layer of each mixer with its defaults, fp32, width {WIDTH}, {HEADS} heads. Batch {BATCH},
+T = {first["T"]:,}: tokens per second, the compiler's temporary memory of forward and backward, a
+forward's FLOPs. "x token loop": forward against decoding the same mixer token by token. State: what
+a row carries from token to token.
 
 {numbers(rows, COLUMNS)}
 

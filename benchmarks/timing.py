@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+ROOT = pathlib.Path(__file__).parent.parent
+
 
 def turns(sides: Mapping[Any, Callable[[], Any]], rounds: int, slow: float) -> dict[Any, float]:
   """Median seconds of each side, the sides taking turns, so that a pause hits them alike.
@@ -41,14 +43,15 @@ def machine() -> str:
   return f"{platform.machine()}, {kind}, jax {jax.__version__}"
 
 
-def revision(*folders: str) -> str:
-  """The commit, with "+changes" when the folders differ from it; "unknown" outside of git."""
+def revision(*folders: str, root: pathlib.Path = ROOT) -> str:
+  """The commit of a checkout, with "+changes" when the folders differ from it, or "unknown"."""
 
   def git(*args):
-    root = pathlib.Path(__file__).parent.parent
     done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() if not done.returncode else "unknown"
+    return done.stdout.strip() if not done.returncode else ""
 
+  if not (root / ".git").exists():  # a copy inside of another checkout
+    return "unknown"
   return git("rev-parse", "--short", "HEAD") + "+changes" * bool(
     git("status", "--porcelain", "--", *folders)
   )
