@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from trellis_jax import rotary, shell
+from trellis_jax import rotary, sharding, shell
 from trellis_jax.ops import attention
 from trellis_jax.typing import Array
 
@@ -92,14 +92,14 @@ class Mixer(shell.Mixer):
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Attends inside the call, and to what the cache holds when there is one."""
     c = self.config
-    split = lambda x, heads: x.reshape(*x.shape[:2], heads, self.head_dim)
+    split = lambda y, heads: _rows(y, x).reshape(*y.shape[:2], heads, self.head_dim)
     q = split(taps(self.conv_q, self.q(x)), self.num_heads)
     k = split(taps(self.conv_k, self.k(x)), self.num_kv_heads)
     v = split(taps(self.conv_v, self.v(x)), self.num_kv_heads)
     if c.rope_base:
       q, k = (rotary.rotate(a, stretch.positions, c.rope_base) for a in (q, k))
     fresh = memory is None
-    cache = self.memory_of(x.shape[0]) if fresh else memory
+    cache = sharding.like(self.memory_of(x.shape[0]), x) if fresh else memory
     keys = jnp.concatenate([cache.k, k.astype(self.dtype)], axis=1)
     values = jnp.concatenate([cache.v, v.astype(self.dtype)], axis=1)
     kw = dict(window=c.window, implementation=implementation)
@@ -109,7 +109,9 @@ class Mixer(shell.Mixer):
     else:
       # The state's segment is run 0.
       held = jnp.arange(c.held)[None] >= c.held - cache.filled[:, None]
-      run = jnp.zeros(x.shape[:2], jnp.int32) if stretch.run is None else stretch.run
+      run = stretch.run
+      if run is None:
+        run = sharding.like(jnp.zeros(x.shape[:2], jnp.int32), x)
       run_k = jnp.concatenate([jnp.where(held, 0, -1), run], axis=1)
       o = attention.attend(q, keys, values, runs=(run, run_k), **kw)
     return o, self._after(keys, values, cache.filled, stretch)
@@ -138,3 +140,8 @@ class Mixer(shell.Mixer):
     near = min(self.config.window or num_tokens, num_tokens)
     pairs = near * (near + 1) // 2 + (num_tokens - near) * near
     return 4 * pairs * self.num_heads * self.head_dim
+
+
+def _rows(y: Array, x: Array) -> Array:
+  """Returns y, split by rows alone where axes are Explicit: heads may not divide among devices."""
+  return y if sharding.explicit(x) is None else jax.sharding.reshard(y, sharding.explicit(x))
