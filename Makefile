@@ -8,7 +8,7 @@ FLAGS ?=
 RUN_FLAGS := --config=$(CONFIG) $(if $(STEPS),--config.steps=$(STEPS)) $(FLAGS)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help train report test test-slow lint format bench clean
+.PHONY: help train report test test-slow lint format bench bench-mixers clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: $(VENV)/.installed  ## formats the code
 bench: $(VENV)/.installed  ## times the op and decoding; writes benchmarks/results
 	$(PY) -m benchmarks.op_cost
 	$(PY) -m benchmarks.decode_cost
+
+bench-mixers: $(VENV)/.installed  ## times every mixer, and from which length on it is faster than attention
+	$(PY) -m benchmarks.mixers
 
 clean:  ## removes what the commands made, runs and their checkpoints excepted
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache

@@ -96,6 +96,7 @@ class Block(nnx.Module):
     init = dict(init_std=cfg.init_std or None, out_scale=(2 * cfg.num_layers) ** -0.5)
     norm = lambda: nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, **kw)
     config = mixers.configure(mixer, cfg.mixers.get(mixer))
+    self.mixer_name = mixer
     self.mixer_norm, self.mlp_norm = norm(), norm()
     self.mixer = mixers.get(mixer).Mixer(cfg.width, cfg.num_heads, config, **init, **kw)
     self.mlp = nn.SwiGLU(cfg.width, cfg.hidden_width, **init, **kw)
@@ -145,7 +146,7 @@ class LM(nnx.Module):
       state: what an earlier call returned, to go on from; None for fresh rows.
       segment_ids: documents of a packed row; 0 is padding.
       positions: of the tokens in their documents, for mixers that encode them.
-      implementation: of the op, see `trellis`.
+      implementation: of the mixers that have one of this name; see `mixers.assign`.
     """
     x, state = self.hidden(
       tokens, state, segment_ids=segment_ids, positions=positions, implementation=implementation
@@ -165,9 +166,11 @@ class LM(nnx.Module):
   ) -> tuple[Hidden, Any]:
     """Returns (the head's input [B, T, width], state); as `__call__` up to the head."""
     kw = dict(segment_ids=segment_ids, positions=positions)
-    if implementation is not None:
-      kw["implementation"] = implementation
-    run = lambda block, x, state: block(x, state, **kw)
+    chosen = mixers.assign(implementation, self.cfg.pattern)
+
+    def run(block, x, state):
+      return block(x, state, implementation=chosen[block.mixer_name], **kw)
+
     x, state = self.over_layers(run, self.embed(tokens), state)
     return self.norm(x), state
 

@@ -164,7 +164,6 @@ class Mixer(nnx.Module):
     self.width, self.num_heads, self.dtype, self.param_dtype = width, num_heads, dtype, param_dtype
     self.head_dim = c.head_width(width, num_heads, "head_dim", "key_expand")
     self.value_dim = c.head_width(width, num_heads, "value_dim", "value_expand")
-    self._kw = dict(dtype=dtype, param_dtype=param_dtype)
     self._init_std, self._out_scale = init_std, out_scale
     self._map_weights, self._conv_widths = 0, ()
     self.build(rngs)
@@ -204,6 +203,11 @@ class Mixer(nnx.Module):
   def mix_flops(self, num_tokens: int) -> int:
     """Returns the FLOPs of the recurrence alone over one row of T tokens."""
     raise NotImplementedError
+
+  @property
+  def _kw(self) -> dict[str, Any]:
+    # No attribute: a module's static parts must be hashable.
+    return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
   def project(self, outputs: int, rngs: nnx.Rngs, **kw) -> nnx.Linear:
     """Returns a map without bias from the input to `outputs` features; `kw` as of `nn.linear`."""

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trellis_jax import nn, sharding
-from trellis_jax.ops import activations
+from trellis_jax.ops import activations, backends
 from trellis_jax.ops.grid import Grid, runs_of
 from trellis_jax.ops.state import TrellisState
 from trellis_jax.ops.trellis import trellis
@@ -129,6 +129,11 @@ class Config:
     """The most literal reading of the paper: raw targets, writes as they come, eps 1e-5 in phi."""
     plain = dict(phi_eps=1e-5, target="linear", v_activation="silu", qk_norm="none", v_norm="none")
     return cls(**(plain | knobs))
+
+
+def implementations() -> tuple[str, ...]:
+  """Returns the names that `implementation=` takes."""
+  return ("reference", "xla", *backends.kernels())
 
 
 @jax.tree_util.register_dataclass
