@@ -1,12 +1,11 @@
 """Models that may be compared: the same number of parameters, or of state, from another mixer.
 
-Parameters are matched by the width of the MLPs, in which they are linear; the state by one knob of
-the mixer in which it is linear, or by the number of heads, which divides what all heads hold.
+Parameters are matched by the width of the MLPs, in which they are linear; the state by the first
+knob of the mixer that comes close, or by the number of heads, which divides what all heads hold.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,8 +14,17 @@ from flax import nnx
 from trellis_jax import LM, LMConfig, mixers
 
 TOLERANCE = 0.01  # of what is asked for
-# What sizes a state, in the order in which it is tried.
-KNOBS = ("num_slots", "cache_length", "head_dim", "num_heads")
+# What sizes a state, in the order in which it is tried: fields that are set to one value, and the
+# steps of that value; head widths stay even where they can, which rotary positions need.
+KNOBS = (
+  (("num_slots",), 1),
+  (("cache_length",), 1),
+  (("state_dim",), 1),
+  (("head_dim",), 2),
+  (("head_dim", "value_dim"), 2),
+  (("head_dim",), 1),
+)
+LARGEST = 1 << 20
 STEPS = (8, 4, 2, 1)  # of the MLP's width: the first that comes close enough
 
 
@@ -88,60 +96,62 @@ def _match_parameters(cfg: LMConfig, parameters: int) -> LMConfig:
 
 def _match_state(cfg: LMConfig, state: int) -> LMConfig:
   nearest = None
-  for change, tried in _states(cfg, state):
-    given = sizes(tried).state_floats
+  for change, tried, given in _states(cfg, state):
     if _close(given, state):
       return tried
     if nearest is None or abs(given - state) < abs(nearest[0] - state):
       nearest = given, change
-  said = f"{nearest[1]} has {nearest[0]:,}" if nearest else f"none of {', '.join(KNOBS)} sizes it"
+  said = f"{nearest[1]} has {nearest[0]:,}" if nearest else "no knob sizes it"
   raise ValueError(f"state={state:,} floats are out of reach for mixer={cfg.mixer!r}: {said}")
 
 
-def _states(cfg: LMConfig, state: int) -> Iterator[tuple[str, LMConfig]]:
-  """Yields ("knob=value", config) that may have the state, the likeliest of each knob."""
-  for knob in KNOBS:
-    if knob == "num_heads":
-      values = [n for n in range(1, cfg.width + 1) if cfg.width % n == 0]
+def _states(cfg: LMConfig, state: int) -> Iterator[tuple[str, LMConfig, int]]:
+  """Yields (change, config, its state): the two nearest of each knob, then all numbers of heads."""
+  for fields, step in KNOBS:
+    for n in _around(lambda n, fields=fields: _floats(_set(cfg, fields, n)), step, state):
+      tried = _set(cfg, fields, n)
+      yield " ".join(f"{field}={n}" for field in fields), tried, _floats(tried)
+  for heads in (n for n in range(1, cfg.width + 1) if cfg.width % n == 0):
+    tried = dataclasses.replace(cfg, num_heads=heads)
+    if (given := _floats(tried)) is not None:
+      yield f"num_heads={heads}", tried, given
+
+
+def _around(of: Callable[[int], int | None], step: int, target: int) -> list[int]:
+  """Returns the multiples of step on both sides of where `of`, which grows, reaches the target."""
+  low, high = step, 2 * step
+  if of(low) is None or of(LARGEST) == of(low):
+    return []
+  while (given := of(high)) is not None and given < target and high < LARGEST:
+    low, high = high, 2 * high
+  while high - low > step:
+    middle = (low + high) // (2 * step) * step
+    given = of(middle)
+    if given is not None and given < target:
+      low = middle
     else:
-      values = _solve(cfg, knob, state)
-    for value in values:
-      tried = _set(cfg, knob, value)
-      if tried is not None and _builds(tried):
-        yield f"{knob}={value}", tried
+      high = middle
+  reached = [n for n in (low, high) if of(n) is not None]
+  return sorted(reached, key=lambda n: abs(of(n) - target))
 
 
-def _solve(cfg: LMConfig, knob: str, state: int) -> list[int]:
-  """Returns the values of a knob on both sides of the one that a straight line gives."""
-  at = [(n, _set(cfg, knob, n)) for n in (8, 16)]
-  if any(tried is None or not _builds(tried) for _, tried in at):
-    return []
-  (a, low), (b, high) = ((n, sizes(tried).state_floats) for n, tried in at)
-  if low == high:
-    return []
-  exact = a + (state - low) * (b - a) / (high - low)
-  return [n for n in dict.fromkeys((round(exact), math.floor(exact), math.ceil(exact))) if n >= 1]
-
-
-def _set(cfg: LMConfig, knob: str, value: int) -> LMConfig | None:
-  """Returns the config with a knob set in every mixer that has it; None where none has it."""
-  if knob == "num_heads":
-    return dataclasses.replace(cfg, num_heads=value)
-  fields = lambda name: [f.name for f in dataclasses.fields(mixers.get(name).Config)]
-  having = [name for name in set(cfg.pattern) if knob in fields(name)]
-  if not having:
-    return None
-  knobs = {name: dict(cfg.mixers.get(name, {})) | {knob: value} for name in having}
-  return dataclasses.replace(cfg, mixers=dict(cfg.mixers) | knobs)
-
-
-def _builds(cfg: LMConfig) -> bool:
-  """Whether the mixers take these sizes."""
+def _set(cfg: LMConfig, fields: tuple[str, ...], value: int) -> LMConfig | None:
+  """Returns the config with a value in all mixers that have the fields; None where none can."""
+  known = lambda name: {f.name for f in dataclasses.fields(mixers.get(name).Config)}
+  having = [name for name in set(cfg.pattern) if set(fields) <= known(name)]
+  knobs = {n: dict(cfg.mixers.get(n, {})) | dict.fromkeys(fields, value) for n in having}
   try:
-    sizes(cfg)
+    return dataclasses.replace(cfg, mixers=dict(cfg.mixers) | knobs) if having else None
   except ValueError:
-    return False
-  return True
+    return None
+
+
+def _floats(cfg: LMConfig | None) -> int | None:
+  """Returns a model's state, or None where the mixers refuse its sizes."""
+  try:
+    return None if cfg is None else sizes(cfg).state_floats
+  except ValueError:
+    return None
 
 
 def _close(given: int, wanted: int) -> bool:

@@ -98,8 +98,7 @@ def _outputs_and_grads(form, x, chunk_size, run, count):
   return jax.value_and_grad(scalar, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize(("chunk_size", "packed"), [(1, True), (4, True), (16, True), (16, False)])
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_equal_the_token_loop(case, chunk_size, packed):
   run, count = (jnp.asarray(RUN), jnp.asarray(COUNT)) if packed else (None, None)
@@ -137,8 +136,7 @@ def _pieces_and_grads(x, chunk_size, run, count, splits):
   return jax.value_and_grad(scalar, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("splits", [(7,), (1, 2, 3, 4, 16)], ids=str)
+@pytest.mark.parametrize(("splits", "packed"), [((7,), False), ((1, 2, 3, 4, 16), True)])
 @pytest.mark.parametrize("case", ["ttt_linear", "titans"])
 def test_any_split_is_one_pass(case, splits, packed):
   run, count = (jnp.asarray(RUN), jnp.full((B,), T)) if packed else (None, None)

@@ -53,8 +53,7 @@ def _outputs_and_grads(form, x, chunk_size, run, count):
   return jax.value_and_grad(scalar, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize(("chunk_size", "packed"), [(1, True), (4, True), (16, True), (16, False)])
 def test_chunks_equal_the_token_loop(chunk_size, packed):
   run, count = (jnp.asarray(RUN), jnp.asarray(COUNT)) if packed else (None, None)
   with jax.enable_x64(True):
@@ -88,8 +87,7 @@ def _pieces_and_grads(x, run, splits):
   return jax.value_and_grad(scalar, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("splits", [(7,), (1, 2, 3, 4, 16)], ids=str)
+@pytest.mark.parametrize(("splits", "packed"), [((7,), False), ((1, 2, 3, 4, 16), True)])
 def test_any_split_is_one_pass(splits, packed):
   run = jnp.asarray(RUN) if packed else None
   x = _inputs(np.float32)
