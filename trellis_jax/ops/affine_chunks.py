@@ -20,7 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from trellis_jax.ops import halving
+from trellis_jax.ops import halving, triangular
 
 
 def power_of_two(n: int) -> int:
@@ -97,9 +97,7 @@ def _delta(q, k, w, log_decay, beta, start, precision):
   # Only what lies below the diagonal is read.
   alike = beta * pair * dot("...tk,...sk->...ts", k, k)
   right = jnp.concatenate([w, beta * carry * k], axis=-1)
-  solved = jax.lax.linalg.triangular_solve(
-    alike, right, left_side=True, lower=True, unit_diagonal=True
-  )
+  solved = triangular.solve(alike, right)
   u, y = jnp.split(solved, [w.shape[-1]], axis=-1)
   to_end = end * k
   starts, last = _scan(

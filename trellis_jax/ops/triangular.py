@@ -1,0 +1,58 @@
+r"""Solves (I + A) X = R for strictly lower triangular A, by halving.
+
+The inverse of a block is made from those of its halves,
+
+  (I + [[A_1, 0], [B, A_2]])^-1 = [[P, 0], [-Q B P, Q]],   P = (I + A_1)^-1, Q = (I + A_2)^-1
+
+from blocks of one token up: products of matrices alone, log2 L of them in a row, where
+`jax.lax.linalg.triangular_solve` is a loop over rows on accelerators and on CPUs a library call
+that can wait for threads which wait for it. Nothing is expanded in powers of A, which cancel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from trellis_jax.typing import Array
+
+_dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def solve(a: Float[Array, "... L L"], right: Float[Array, "... L W"]) -> Float[Array, "... L W"]:
+  """Returns X; L is a power of two, and what A holds on and above its diagonal is not read."""
+  return _dot("...ts,...sw->...tw", inverse(a), right)
+
+
+def _forward(a, right):
+  inv = inverse(a)
+  x = _dot("...ts,...sw->...tw", inv, right)
+  return x, (inv, x)
+
+
+def _backward(saved, x_bar):
+  inv, x = saved
+  right_bar = _dot("...ts,...tw->...sw", inv, x_bar)
+  return jnp.tril(-_dot("...tw,...sw->...ts", right_bar, x), -1), right_bar
+
+
+solve.defvjp(_forward, _backward)
+
+
+def inverse(a: Float[Array, "... L L"]) -> Float[Array, "... L L"]:
+  """Returns (I + A)^-1; see `solve`."""
+  *lead, length, _ = a.shape
+  inv, m = jnp.ones((*lead, length, 1, 1), a.dtype), 1  # of the diagonal's blocks of m tokens
+  while m < length:
+    n = length // (2 * m)
+    blocks = a.reshape(*lead, n, 2, m, n, 2, m)[..., :, 1, :, :, 0, :]
+    below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+    halves = inv.reshape(*lead, n, 2, m, m)
+    p, q = halves[..., 0, :, :], halves[..., 1, :, :]
+    corner = -_dot("...ij,...jk->...ik", _dot("...ij,...jk->...ik", q, below), p)
+    top = jnp.concatenate([p, jnp.zeros_like(p)], axis=-1)
+    inv = jnp.concatenate([top, jnp.concatenate([corner, q], axis=-1)], axis=-2)
+    m *= 2
+  return inv[..., 0, :, :]
