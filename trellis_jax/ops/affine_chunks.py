@@ -11,8 +11,7 @@ transformers with the delta rule", section 3) the rows of U solve a triangular s
   (I + A) U = W - diag(b G) K S,   A = strictly lower part of diag(b) (D * K K^T)
   U = U_0 - Y S,                   (I + A) [U_0, Y] = [W, diag(b G) K]
 
-so that the scan's step is S' = (G_L - (E K)^T Y) S + (E K)^T U_0. It is solved, not expanded in
-powers of A, which cancel when keys are alike.
+so that the scan's step is S' = (G_L - (E K)^T Y) S + (E K)^T U_0.
 """
 
 import functools
@@ -97,9 +96,8 @@ def _delta(q, k, w, log_decay, beta, start, precision):
   # Only what lies below the diagonal is read.
   alike = beta * pair * dot("...tk,...sk->...ts", k, k)
   right = jnp.concatenate([w, beta * carry * k], axis=-1)
-  solved = jax.lax.linalg.triangular_solve(
-    alike, right, left_side=True, lower=True, unit_diagonal=True
-  )
+  exact = jax.lax.Precision.HIGHEST
+  solved = _dot("...ts,...sv->...tv", halving.unit_lower_inverse(alike), right, exact)
   u, y = jnp.split(solved, [w.shape[-1]], axis=-1)
   to_end = end * k
   starts, last = _scan(

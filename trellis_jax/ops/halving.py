@@ -64,6 +64,27 @@ def pairs(found: list[tuple[int, Array, Array]], length: int) -> Float[Array, ".
   return jnp.exp(log)
 
 
+def unit_lower_inverse(a: Float[Array, "... L L"]) -> Float[Array, "... L L"]:
+  """Returns (I + A)^-1, A the part of `a` below its diagonal, which alone is read.
+
+  With blocks A_1, A_2 on the diagonal and B below: [[T_1, 0], [-T_2 B T_1, T_2]]. Powers of A, as
+  in a Neumann series, cancel when keys are alike; here none is formed. It is not
+  `jax.lax.linalg.triangular_solve`, for on CPU two of these at once can wait for each other for
+  ever (jaxlib 0.10.2, two cores), and batched products suit every platform.
+  """
+  length = a.shape[-1]
+  if length == 1:
+    return jnp.ones_like(a)
+  half = length // 2
+  inner = jnp.stack([a[..., :half, :half], a[..., half:, half:]], axis=-3)
+  inner = unit_lower_inverse(inner)
+  first, second = inner[..., 0, :, :], inner[..., 1, :, :]
+  dot = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+  below = -dot(dot(second, a[..., half:, :half]), first)
+  top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+  return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
+
+
 def _sizes(length: int) -> Iterator[int]:
   m = 1
   while m < length:
