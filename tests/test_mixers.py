@@ -69,7 +69,7 @@ def test_gates_of_gla_hgrn2_and_gsa_start_as_published():
 
 
 def _by_hand(kind, mixer):
-  """The recurrence of paper.md's table token by token, before norm and output map."""
+  """The published recurrence token by token, before norm and output map."""
   heads = lambda y: np.asarray(mixer.heads(y), np.float64)
   softmax = lambda y: np.exp(y) / np.exp(y).sum(-1, keepdims=True)
   if kind == "retnet":

@@ -69,8 +69,8 @@ def unit_lower_inverse(a: Float[Array, "... L L"]) -> Float[Array, "... L L"]:
 
   With blocks A_1, A_2 on the diagonal and B below: [[T_1, 0], [-T_2 B T_1, T_2]]. Powers of A, as
   in a Neumann series, cancel when keys are alike; here none is formed. It is not
-  `jax.lax.linalg.triangular_solve`, for on CPU two of these at once can wait for each other for
-  ever (jaxlib 0.10.2, two cores), and batched products suit every platform.
+  `jax.lax.linalg.triangular_solve`: programs with several of those hung on CPU, all threads asleep
+  (jaxlib 0.10.2, two cores).
   """
   length = a.shape[-1]
   if length == 1:
