@@ -11,8 +11,7 @@ transformers with the delta rule", section 3) the rows of U solve a triangular s
   (I + A) U = W - diag(b G) K S,   A = strictly lower part of diag(b) (D * K K^T)
   U = U_0 - Y S,                   (I + A) [U_0, Y] = [W, diag(b G) K]
 
-so that the scan's step is S' = (G_L - (E K)^T Y) S + (E K)^T U_0. It is solved, not expanded in
-powers of A, which cancel when keys are alike.
+so that the scan's step is S' = (G_L - (E K)^T Y) S + (E K)^T U_0.
 """
 
 import functools

@@ -4,9 +4,9 @@ The inverse of a block is made from those of its halves,
 
   (I + [[A_1, 0], [B, A_2]])^-1 = [[P, 0], [-Q B P, Q]],   P = (I + A_1)^-1, Q = (I + A_2)^-1
 
-from blocks of one token up: products of matrices alone, log2 L of them in a row, where
-`jax.lax.linalg.triangular_solve` is a loop over rows on accelerators and on CPUs a library call
-that can wait for threads which wait for it. Nothing is expanded in powers of A, which cancel.
+from blocks of one token up: products of matrices alone, log2 L of them in a row. Nothing is
+expanded in powers of A, which cancel when keys are alike. `jax.lax.linalg.triangular_solve` is not
+used: on CPUs (jaxlib 0.10.2, two cores) programs with several of them hung, all threads asleep.
 """
 
 import functools
@@ -43,16 +43,12 @@ solve.defvjp(_forward, _backward)
 
 def inverse(a: Float[Array, "... L L"]) -> Float[Array, "... L L"]:
   """Returns (I + A)^-1; see `solve`."""
-  *lead, length, _ = a.shape
-  inv, m = jnp.ones((*lead, length, 1, 1), a.dtype), 1  # of the diagonal's blocks of m tokens
-  while m < length:
-    n = length // (2 * m)
-    blocks = a.reshape(*lead, n, 2, m, n, 2, m)[..., :, 1, :, :, 0, :]
-    below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
-    halves = inv.reshape(*lead, n, 2, m, m)
-    p, q = halves[..., 0, :, :], halves[..., 1, :, :]
-    corner = -_dot("...ij,...jk->...ik", _dot("...ij,...jk->...ik", q, below), p)
-    top = jnp.concatenate([p, jnp.zeros_like(p)], axis=-1)
-    inv = jnp.concatenate([top, jnp.concatenate([corner, q], axis=-1)], axis=-2)
-    m *= 2
-  return inv[..., 0, :, :]
+  length = a.shape[-1]
+  if length == 1:
+    return jnp.ones_like(a)
+  half = length // 2
+  halves = inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]], axis=-3))
+  p, q = halves[..., 0, :, :], halves[..., 1, :, :]
+  below = -_dot("...ij,...jk->...ik", _dot("...ij,...jk->...ik", q, a[..., half:, :half]), p)
+  top = jnp.concatenate([p, jnp.zeros_like(p)], axis=-1)
+  return jnp.concatenate([top, jnp.concatenate([below, q], axis=-1)], axis=-2)
