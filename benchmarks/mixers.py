@@ -43,6 +43,7 @@ class Layer:
   """One mixer with its parameters and the calls that are timed; all take (parameters, x)."""
 
   def __init__(self, name: str):
+    self.name = name
     module = mixers.get(name)
     self.mixer = module.Mixer(WIDTH, HEADS, module.Config(), rngs=nnx.Rngs(0))
     self.graph, self.params = nnx.split(self.mixer)
@@ -67,6 +68,7 @@ class Layer:
 
   def compile(self, call: Callable, batch: int, length: int) -> tuple[Callable, int]:
     """Returns (the compiled call without arguments, bytes of its temporary memory)."""
+    print(f"compiling {self.name}, {call.__name__}, T = {length:,}", file=sys.stderr, flush=True)
     x = 0.5 * jax.random.normal(jax.random.key(0), (batch, length, WIDTH))
     done = jax.jit(call).lower(self.params, x).compile()
     return lambda: done(self.params, x), done.memory_analysis().temp_size_in_bytes
