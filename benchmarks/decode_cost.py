@@ -7,7 +7,6 @@ results/decode_cost.md.
 """
 
 import pathlib
-import platform
 import time
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 import tabulate
 from flax import nnx
 
+from experiments import provenance
 from trellis_jax import LM, LMConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "decode_cost.md"
@@ -56,11 +56,10 @@ def main() -> None:
     rows.append([f"{context:,}", 1e3 * median, median / first, f"{size:,}"])
   columns = ["context", "ms a token", "of the first", "state bytes"]
   table = tabulate.tabulate(rows, columns, tablefmt="github", floatfmt=".2f")
-  machine = f"{platform.machine()}, CPU, jax {jax.__version__}"
+  machine = provenance.machine()
   text = f"    python -m benchmarks.decode_cost\n\n{machine}; fp32, {cfg.num_layers} layers, width "
   text += f"{cfg.width}, {cfg.num_heads} heads, M = 64, C = 16.\n\n{table}\n"
-  RESULTS.parent.mkdir(parents=True, exist_ok=True)
-  RESULTS.write_text(text)
+  provenance.write(RESULTS, text)
   print(text)
 
 

@@ -20,6 +20,7 @@ import tabulate
 from flax import nnx
 
 from benchmarks import timing
+from experiments import provenance
 from trellis_jax import mixers
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "mixers.jsonl"
@@ -176,8 +177,8 @@ def main(argv: list[str]) -> None:
   lengths = [int(n) for n in args.lengths.split(",")]
   layers = {name: Layer(name) for name in names}
   origin = {
-    "machine": timing.machine(),
-    "revision": timing.revision("trellis_jax", "pallas_kernels", "benchmarks"),
+    "machine": provenance.machine(),
+    "revision": provenance.revision("trellis_jax", "pallas_kernels", "benchmarks"),
     "T": args.length,
   }
   measured = costs(layers, args.length, args.loop, args.rounds)
@@ -195,8 +196,8 @@ def main(argv: list[str]) -> None:
       }
     )
   text = report(lines, " ".join(["python -m benchmarks.mixers", *argv[1:]]))
-  timing.write(args.results, "".join(json.dumps(line) + "\n" for line in lines))
-  timing.write(args.results.with_suffix(".md"), text)
+  provenance.write(args.results, "".join(json.dumps(line) + "\n" for line in lines))
+  provenance.write(args.results.with_suffix(".md"), text)
   print(text)
 
 

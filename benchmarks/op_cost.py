@@ -6,9 +6,8 @@ Times are medians of paired runs (the two sides take turns), so that only their 
 shared machine. Temporary memory is what the compiler plans. Writes results/op_cost.md.
 """
 
+import functools
 import pathlib
-import platform
-import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import tabulate
 
+from benchmarks import timing
+from experiments import provenance
 from trellis_jax import trellis
 from trellis_jax.ops import activations, chunked, evolve
 from trellis_jax.ops.spec import Spec
@@ -61,25 +62,11 @@ def autodiff() -> Callable:
   return jax.jit(jax.grad(loss))
 
 
-def paired(sides: list[tuple[Callable, tuple]], rounds: int) -> list[float]:
-  """Median seconds of each side, the sides taking turns.
-
-  The first call of a turn is not timed: it pays for the pages that the other side gave back.
-  """
-  times = [[] for _ in sides]
-  for _ in range(rounds):
-    for seconds, (f, x) in zip(times, sides):
-      jax.block_until_ready(f(x))
-      start = time.perf_counter()
-      jax.block_until_ready(f(x))
-      seconds.append(time.perf_counter() - start)
-  return [float(np.median(t)) for t in times]
-
-
 def compare(name: str, slow, fast, rounds: int) -> list:
   """A row: the two sides' times and temporary memories, and the ratios slow / fast."""
   temp = [f.lower(x).compile().memory_analysis().temp_size_in_bytes / 1e6 for f, x in (slow, fast)]
-  seconds = paired([slow, fast], rounds)
+  sides = {side: functools.partial(*pair) for side, pair in (("slow", slow), ("fast", fast))}
+  seconds = tuple(timing.turns(sides, rounds).values())
   ratios = seconds[0] / seconds[1], temp[0] / temp[1]
   return [name, *(1e3 * s for s in seconds), ratios[0], *temp, ratios[1]]
 
@@ -96,10 +83,8 @@ def main() -> None:
     rows.append(compare(f"plain autodiff / xla {size}", (autodiff(), x), (xla, x), 9))
   columns = ["forward + backward", "ms", "ms", "ratio", "temp MB", "temp MB", "ratio"]
   table = tabulate.tabulate(rows, columns, tablefmt="github", floatfmt=".1f")
-  machine = f"{platform.machine()}, {jax.device_count()} CPU device, jax {jax.__version__}"
-  text = f"    python -m benchmarks.op_cost\n\n{machine}; fp32, C = {C}.\n\n{table}\n"
-  RESULTS.parent.mkdir(parents=True, exist_ok=True)
-  RESULTS.write_text(text)
+  text = f"    python -m benchmarks.op_cost\n\n{provenance.machine()}; fp32, C = {C}.\n\n{table}\n"
+  provenance.write(RESULTS, text)
   print(text)
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tabulate
 
-from benchmarks import parity_cases, timing
+from benchmarks import parity_cases
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "parity.md"
 TOLERANCE = 1e-4
@@ -68,20 +68,20 @@ def main(argv: list[str]) -> int:
   table = tabulate.tabulate(rows, COLUMNS, "github", disable_numparse=True)
   command = " ".join(f"--{name}=FOLDER" for name, folder in folders.items() if folder)
   references = "".join(
-    f"* {name}: {parity_cases.REPOSITORIES[name]}, revision {timing.revision(root=folder)}\n"
+    f"* {name}: {parity_cases.REPOSITORIES[name]}, revision {provenance.revision(root=folder)}\n"
     for name, folder in folders.items()
     if folder
   )
   text = f"""    python -m benchmarks.parity {command}
 
-{timing.machine()}, torch {importlib.metadata.version("torch")}.
-Revision {timing.revision("trellis_jax", "benchmarks")}. fp32 on both sides.
+{provenance.machine()}, torch {importlib.metadata.version("torch")}.
+Revision {provenance.revision("trellis_jax", "benchmarks")}. fp32 on both sides.
 Relative l2 errors; the bound is {TOLERANCE:.0e}, {verdict}.
 
 {references}
 {table}
 """
-  timing.write(args.results, text)
+  provenance.write(args.results, text)
   print(text)
   return 1 if failed else 0
 

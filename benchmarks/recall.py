@@ -11,7 +11,6 @@ printed and written to recall.md.
 import argparse
 import hashlib
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -23,9 +22,9 @@ from typing import Any
 import jax
 import tabulate
 
-from experiments import config, metrics
+from experiments import config, metrics, provenance
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = provenance.ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "recall.jsonl"
 CONFIG = "experiments/configs/mqar.py"
 SETTINGS = {
@@ -48,9 +47,7 @@ def jobs(steps: int, seeds: int) -> Iterator[dict[str, Any]]:
 
 def train(job: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   """Trains one run to its end and returns its line; `failure` is the error's sentence or empty."""
-  revision = _git("rev-parse", "--short", "HEAD")
-  if _git("status", "--porcelain", "--", "trellis_jax", "pallas_kernels", "experiments"):
-    revision += "+changes"
+  revision = provenance.revision("trellis_jax", "pallas_kernels", "experiments")
   digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:8]
   words = re.sub(r"\W+", "-", job["setting"])
   folder = workdir / f"{words}-seed{job['seed']}-{digest}"
@@ -121,17 +118,6 @@ Revisions: {revisions}; jax {versions}.
 """
 
 
-def _git(*args: str) -> str:
-  done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-  return done.stdout.strip() if not done.returncode else "unknown"
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(text)
-  os.replace(partial, path)
-
-
 def main() -> None:
   """Runs what is missing, and writes the table after every run."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -149,10 +135,10 @@ def main() -> None:
     if line is None:
       line = train(job, args.workdir.absolute())
       lines.append(line)
-      _write(args.results, "".join(json.dumps(line) + "\n" for line in lines))
+      provenance.write(args.results, "".join(json.dumps(line) + "\n" for line in lines))
     done.append(line)
     text = report(done, args.steps, args.seeds, command)
-    _write(args.results.with_suffix(".md"), text)
+    provenance.write(args.results.with_suffix(".md"), text)
   print(text)
 
 

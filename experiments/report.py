@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -26,7 +25,7 @@ import rich.progress
 import rich.table
 from flax import nnx
 
-from experiments import checkpoint, config, metrics, plots, tokenise, train
+from experiments import checkpoint, config, metrics, plots, provenance, tokenise, train
 from experiments import mesh as mesh_lib
 from experiments.console import si
 from experiments.errors import UserError
@@ -263,9 +262,7 @@ def run(job: train.Job, params: Any, max_tokens: int) -> dict[str, Any]:
   report["plots"] = [str(path.relative_to(job.workdir)) for path in written]
   report["seconds"] = round(time.perf_counter() - start, 1)
   path = job.workdir / "report.json"
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  partial.write_text(json.dumps(report, indent=2) + "\n")
-  os.replace(partial, path)
+  provenance.write(path, json.dumps(report, indent=2) + "\n")
   console.print(f"{path} and {len(written)} plots beside it, in {report['seconds']} s")
   return report
 

@@ -12,9 +12,7 @@ the table. Of a setting's learning rates the table shows the one with the best m
 import argparse
 import importlib
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -26,13 +24,13 @@ import rich.progress
 import tabulate
 from flax import nnx
 
-from experiments import config, metrics, replicas, tasks
+from experiments import config, metrics, provenance, replicas, tasks
 from experiments.errors import UserError
 from trellis_jax import LM
 
-ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = pathlib.Path(__file__).parent / "configs" / "study"
-RESULTS = ROOT / "benchmarks" / "results" / "study"
+RESULTS = provenance.ROOT / "benchmarks" / "results" / "study"
+_CODE = ("trellis_jax", "pallas_kernels", "experiments")
 # What a replica's line must agree on to stand for a setting.
 _FIELDS = ("steps", "batch_size", "seq_len", "data", "model", "optim")
 
@@ -71,12 +69,15 @@ def run(study, only: dict[str, str], path: pathlib.Path, console: rich.console.C
       continue
     lines = [line for line in lines if line["labels"] != labels]
     name = " ".join(f"{k}={v}" for k, v in labels.items())
-    start, origin = time.perf_counter(), {"revision": revision(), "jax": jax.__version__}
+    start, origin = (
+      time.perf_counter(),
+      {"revision": provenance.revision(*_CODE), "jax": jax.__version__},
+    )
     done = _train(study, cfg, f"{number}/{len(cells)} {name}", console)
     about = {"seconds": round(time.perf_counter() - start, 1), "replicas": len(done)}
     about |= {"floats_of_state": state_floats(cfg), "parameters": parameters(cfg)}
     lines += [{"labels": labels, **r.line(), **about, **origin, "settings": wanted} for r in done]
-    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    provenance.write(path, "".join(json.dumps(line) + "\n" for line in lines))
     best = max((r.eval_accuracy[-1] for r in done if r.lost is None), default=float("nan"))
     console.print(f"{number}/{len(cells)} {name}: best {best:.3f}, {about['seconds']:.0f} s")
 
@@ -175,23 +176,6 @@ Revisions: {revisions}.
 """
 
 
-def revision() -> str:
-  """The commit of the code that runs, with "+changes" when it has any."""
-  git = lambda *args: subprocess.run(
-    ["git", *args], cwd=ROOT, capture_output=True, text=True
-  ).stdout.strip()
-  changes = git("status", "--porcelain", "--", "trellis_jax", "pallas_kernels", "experiments")
-  return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changes else "")
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Replaces a file at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(text)
-  os.replace(partial, path)
-
-
 def main(argv: list[str]) -> int:
   """Runs the command line `argv`; 2 for a mistake in what was asked, one sentence on stderr."""
   parser = argparse.ArgumentParser(
@@ -212,7 +196,7 @@ def main(argv: list[str]) -> int:
     print("error:", " ".join(str(e).split()), file=sys.stderr)
     return 2
   text = report(study, args.study, metrics.read(path))
-  write(path.with_suffix(".md"), text)
+  provenance.write(path.with_suffix(".md"), text)
   console.print(text)
   return 0
 

@@ -1,12 +1,8 @@
 """The affine recurrences on four host devices are what they are on one."""
 
-import os
-import subprocess
-import sys
-
+import four_devices
 import pytest
 
-# Devices are counted when JAX starts, so each mesh runs in a process of its own.
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
@@ -49,11 +45,4 @@ for gates in (delta, vector):
 
 @pytest.mark.parametrize("axes", ["Explicit", "Auto"])
 def test_sharded_equals_unsharded(axes):
-  here = os.path.dirname(__file__)
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  path = os.pathsep.join([os.path.dirname(here), here])
-  env = dict(os.environ, XLA_FLAGS=flags, PYTHONPATH=path)
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, axes], env=env, capture_output=True, text=True, timeout=300
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
+  four_devices.run(PROGRAM, axes)

@@ -1,10 +1,7 @@
 """The attention mixer on four host devices: data and tensor parallel it is what it is on one."""
 
-import os
-import subprocess
-import sys
+import four_devices
 
-# Devices are counted when JAX starts, so the meshes are made in a process of their own.
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
@@ -38,17 +35,8 @@ for kind in (AxisType.Explicit, AxisType.Auto):
     got = jax.device_get(both(spread, place(x, P("data")), place(ids, P("data"))))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
-print("equal on", len(jax.devices()))
 """
 
 
 def test_sharded_equals_unsharded():
-  root = os.path.dirname(os.path.dirname(__file__))
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
-    env=dict(os.environ, XLA_FLAGS=flags, PYTHONPATH=root),
-    capture_output=True,
-    text=True,
-  )
-  assert done.stdout == "equal on 4\n", done.stderr
+  four_devices.run(PROGRAM)

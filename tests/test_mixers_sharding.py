@@ -1,14 +1,10 @@
 """Every mixer on four host devices: data and tensor parallel it is what it is on one."""
 
-import os
-import subprocess
-import sys
-
+import four_devices
 import pytest
 
 from trellis_jax import mixers
 
-# Devices are counted when JAX starts, so the meshes are made in a process of their own.
 PROGRAM = """
 import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -42,20 +38,9 @@ for kind in (AxisType.Explicit, AxisType.Auto):
     got = run(spread, place(x, P("data")), place(ids, P("data")))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), kind
-print("equal on", len(jax.devices()))
 """
 
 
 @pytest.mark.parametrize("name", mixers.names())
 def test_sharded_equals_unsharded(name):
-  root = os.path.dirname(os.path.dirname(__file__))
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, name],
-    env=dict(os.environ, XLA_FLAGS=flags, PYTHONPATH=root),
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert done.stdout.startswith("equal on 4")
+  four_devices.run(PROGRAM, name)

@@ -15,7 +15,7 @@ from trellis_jax import LM, LMConfig, mixers, sharding
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Knobs that a mixer takes if it has them: memories and chunks that 18 tokens fill more than once.
-SMALL = dict(num_slots=6, chunk_size=4, state_dim=8)
+SMALL = dict(num_slots=6, chunk_size=4, state_dim=8, conv_taps=3)
 VOCAB, T = 29, 18
 
 

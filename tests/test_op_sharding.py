@@ -1,12 +1,8 @@
 """The op on four host devices: sharded over batch and heads it is what it is on one."""
 
-import os
-import subprocess
-import sys
-
+import four_devices
 import pytest
 
-# Devices are counted when JAX starts, so each mesh runs in a process of its own.
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -44,18 +40,9 @@ with jax.set_mesh(mesh):
   got = jax.device_get(jax.jit(run)((sharded, shared), ids))
 for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
   assert op_cases.distance(x, y) <= 1e-5, op_cases.distance(x, y)
-print("equal on", len(jax.devices()))
 """
 
 
 @pytest.mark.parametrize("axes", ["Explicit", "Auto"])
 def test_sharded_equals_unsharded(axes):
-  here = os.path.dirname(__file__)
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  path = os.pathsep.join([os.path.dirname(here), here])
-  env = dict(os.environ, XLA_FLAGS=flags, PYTHONPATH=path)
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, axes], env=env, capture_output=True, text=True, timeout=300
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert done.stdout.strip() == "equal on 4"
+  four_devices.run(PROGRAM, axes)

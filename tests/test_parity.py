@@ -4,9 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("trellis_jax.ops.affine")
-pytest.importorskip("trellis_jax.ops.fast_weights")
-
 from benchmarks import parity
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -45,18 +45,18 @@ class Mixer(shell.Mixer):
     """The dtype of gates and memories: at least fp32."""
     return jnp.promote_types(self.dtype, jnp.float32)
 
-  def maps(self, rngs: nnx.Rngs, *, convolve: bool = False) -> None:
-    """Makes the maps q, k, v and, when asked for, a short convolution with SiLU on each."""
+  def maps(self, rngs: nnx.Rngs, activation: str = "none") -> None:
+    """Makes the maps q, k, v and, for conv_taps > 1, a short convolution on each."""
     keys, values = self.num_heads * self.head_dim, self.num_heads * self.value_dim
     self.q, self.k = self.project(keys, rngs), self.project(keys, rngs)
     self.v = self.project(values, rngs)
-    if convolve:
-      self.conv_q, self.conv_k, self.conv_v = self.conv(keys), self.conv(keys), self.conv(values)
+    self.activation = activation
+    self.conv_q, self.conv_k, self.conv_v = (self.conv(n, "none") for n in (keys, keys, values))
 
-  def convolved(self, x, taps: shell.Taps):
-    """Returns q, k, v [B, T, H, D | V] = silu(conv(W x)), with SiLU alone for one tap."""
+  def qkv(self, x, taps: shell.Taps):
+    """Returns q, k, v [B, T, H, D | V] = act(conv(W x))."""
     pairs = ((self.q, self.conv_q), (self.k, self.conv_k), (self.v, self.conv_v))
-    act = jax.nn.silu if self.config.conv_taps == 1 else lambda y: y
+    act = getattr(jax.nn, self.activation) if self.activation != "none" else lambda y: y
     return tuple(self.heads(act(taps(conv, w(x)))) for w, conv in pairs)
 
   def narrow(self, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:

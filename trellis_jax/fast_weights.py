@@ -95,16 +95,6 @@ class Mixer(shell.Mixer):
     return buffered.size((memory,), token, c.chunk_size) + taps
 
 
-def rotate(x: Array, places: Array, base: float = 10_000.0) -> Array:
-  """Returns x [B, T, H, D] with its pairs of features turned by their places [B, T]."""
-  half = x.shape[-1] // 2
-  rates = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
-  angle = places[..., None, None].astype(jnp.float32) * rates[None, None, None]
-  a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
 def logit(p: float) -> float:
   """Returns the x with sigmoid(x) = p."""
   return math.log(p / (1 - p))

@@ -44,9 +44,9 @@ class Mixer(affine_mixer.Mixer):
     self.maps(rngs)
     self.alpha = self.project(self.num_heads * self.config.num_slots, rngs, dtype=self.wide)
 
-  def tokens(self, x):
+  def tokens(self, x, taps):
     """Returns q, k [B, T, H, D] and v [B, T, H, V]."""
-    q, k, v = (self.heads(w(x)) for w in (self.q, self.k, self.v))
+    q, k, v = self.qkv(x, taps)
     return q * self.head_dim**-0.5, k, v
 
   def slots(self, x):
@@ -57,7 +57,7 @@ class Mixer(affine_mixer.Mixer):
     """Returns (o, (S_k, S_v)); see `shell.Mixer`."""
     a, log_decay = self.slots(x)
     return two_pass(
-      *self.tokens(x),
+      *self.tokens(x, taps),
       stretch.mask(a),
       log_decay=None if log_decay is None else stretch.mask(log_decay),
       initial=memory,

@@ -30,12 +30,12 @@ class Mixer(affine_mixer.Mixer):
 
   def build(self, rngs):
     """Makes the maps of q, k, v and b, and the convolutions."""
-    self.maps(rngs, convolve=True)
+    self.maps(rngs, activation="silu")
     self.gates = self.narrow(self.num_heads, rngs)
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""
-    q, k, v = self.convolved(x, taps)
+    q, k, v = self.qkv(x, taps)
     beta = jax.nn.sigmoid(self.gates(x))
     q = nn.unit(q) * self.head_dim**-0.5
     return self.recur(q, nn.unit(k), beta[..., None] * v, memory, stretch, beta=beta)

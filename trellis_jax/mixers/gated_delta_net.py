@@ -46,7 +46,7 @@ class Mixer(affine_mixer.Mixer):
   def build(self, rngs):
     """Makes the maps of q, k, v and the two gates, and the convolutions."""
     c, heads = self.config, self.num_heads
-    self.maps(rngs, convolve=True)
+    self.maps(rngs, activation="silu")
     self.gates = self.narrow(2 * heads, rngs)
     self.dt_bias = nnx.Param(
       affine_mixer.step_bias(heads, rngs, self.param_dtype, c.dt_min, c.dt_max)
@@ -59,7 +59,7 @@ class Mixer(affine_mixer.Mixer):
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""
-    q, k, v = self.convolved(x, taps)
+    q, k, v = self.qkv(x, taps)
     log_decay, beta = self.decay_and_step(x)
     q = nn.unit(q) * self.head_dim**-0.5
     w = beta[..., None] * v

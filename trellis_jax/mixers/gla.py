@@ -46,7 +46,7 @@ class Mixer(affine_mixer.Mixer):
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""
-    q, k, v = (self.heads(w(x)) for w in (self.q, self.k, self.v))
+    q, k, v = self.qkv(x, taps)
     q = q * self.head_dim**-0.5
     return self.recur(q, k, v, memory, stretch, log_decay=self.log_decay(x))
 

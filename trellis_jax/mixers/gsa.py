@@ -35,9 +35,9 @@ class Config(abc.Config):
 class Mixer(abc.Mixer):
   """GSA; see the module's equations."""
 
-  def tokens(self, x):
+  def tokens(self, x, taps):
     """Returns q, k [B, T, H, D] and v [B, T, H, V]."""
-    return tuple(jax.nn.silu(self.heads(w(x))) for w in (self.q, self.k, self.v))
+    return tuple(map(jax.nn.silu, self.qkv(x, taps)))
 
   def slots(self, x):
     """Returns (1 - c, log c) [B, T, H, M] in fp32."""

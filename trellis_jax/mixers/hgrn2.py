@@ -44,16 +44,20 @@ class Mixer(affine_mixer.Mixer):
     self.q = self.project(keys, rngs)
     self.v = self.project(self.num_heads * self.value_dim, rngs)
     self.forget = self.project(keys, rngs, dtype=self.wide)
+    self.conv_q, self.conv_f = self.conv(keys, "none"), self.conv(keys, "none")
+    self.conv_v = self.conv(self.num_heads * self.value_dim, "none")
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""
-    q, i = jax.nn.silu(self.heads(self.q(x))), self.heads(self.v(x))
-    log_f, k = self.forgets(x)
+    q = jax.nn.silu(self.heads(taps(self.conv_q, self.q(x))))
+    log_f, k = self.forgets(x, taps)
+    i = self.heads(taps(self.conv_v, self.v(x)))
     return self.recur(q, k, i, memory, stretch, log_decay=log_f)
 
-  def forgets(self, x):
+  def forgets(self, x, taps=lambda conv, y: y):
     """Returns (log f, 1 - f) [B, T, H, D] in fp32, neither as a difference."""
-    lb, z = self.config.lower_bound, self.heads(self.forget(x))
+    lb, z = self.config.lower_bound, self.heads(taps(self.conv_f, self.forget(x)))
+    z = z.astype(self.wide)
     log_f = jax.nn.log_sigmoid(z)
     if lb:
       log_f = jnp.logaddexp(math.log(lb), math.log1p(-lb) + log_f)

@@ -39,8 +39,8 @@ class Mixer(affine_mixer.Mixer):
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S), with z as S's last column when normalising; see `shell.Mixer`."""
-    q, k = (jax.nn.elu(self.heads(w(x))) + 1 for w in (self.q, self.k))
-    v = self.heads(self.v(x))
+    q, k, v = self.qkv(x, taps)
+    q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
     if not self.config.normalize:
       return self.recur(q, k, v, memory, stretch)
     # In fp32, so that the sum is as exact as what it divides.

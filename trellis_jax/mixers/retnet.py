@@ -42,10 +42,10 @@ class Mixer(affine_mixer.Mixer):
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""
-    q, k = (self.heads(w(x)) for w in (self.q, self.k))
+    q, k, v = self.qkv(x, taps)
     q, k = (rotate(y, stretch.positions, self.config.rotary_base) for y in (q, k))
     log = np.log1p(-np.exp2(-5.0 - np.arange(self.num_heads)))
     shape = (*x.shape[:2], self.num_heads)
     log_decay = jnp.broadcast_to(jnp.asarray(log, self.wide)[None, None], shape)
     k = k * self.head_dim**-0.5
-    return self.recur(q, k, self.heads(self.v(x)), memory, stretch, log_decay=log_decay)
+    return self.recur(q, k, v, memory, stretch, log_decay=log_decay)

@@ -14,6 +14,8 @@ For an input x [B, T, width], per head:
 The paper leaves several of these open; each is a knob of `Config`, and `literal()` is the most
 literal reading. Inside a chunk all inner gradients are taken at one point, so C tokens with
 alike keys overshoot unless C g |w|^2 < 2: hence unit writes and steps that start at 1 / C.
+
+`ops/two_pass.py` has the family in one table: how ABC becomes GSA becomes Trellis.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trellis_jax import fast_weights, shell
+from trellis_jax import fast_weights, rotary, shell
 from trellis_jax.ops import fast_weights as op
 from trellis_jax.typing import Array
 
@@ -89,7 +89,7 @@ class Mixer(fast_weights.Mixer):
     if c.rope:
       offset = jnp.zeros((x.shape[0],), jnp.int32) if memory is None else memory.offset
       places = (offset[:, None] + jnp.arange(x.shape[1])[None]) % c.chunk_size
-      q, k = fast_weights.rotate(q, places), fast_weights.rotate(k, places)
+      q, k = rotary.rotate(q, places), rotary.rotate(k, places)
     step = c.base_lr / self.head_dim * jax.nn.sigmoid(self.gates(x).astype(jnp.float32))
     affine = tuple(p[...].astype(jnp.float32) for p in (self.norm_weight, self.norm_bias))
     loss = _Loss(*(p[None, :, None] for p in affine))
