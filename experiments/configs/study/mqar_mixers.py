@@ -3,8 +3,8 @@
     python -m experiments.study mqar_mixers
 
 MQAR in an easy setting: 2 layers of width 32, one head, T = 32, vocabulary 32, the pairs after 4
-blank tokens, 1,000 steps of 32 examples. The size is the width of keys and values, and the number of
-slots where there are any. All have short convolutions of 4 taps, without which a recurrence that
+blank tokens, 1,000 steps of 32 examples. The size is the width of keys and values, and the number
+of slots where there are any. All have short convolutions of 4 taps, without which a recurrence that
 never forgets cannot tell which value came after which key.
 """
 
