@@ -20,6 +20,7 @@ import numpy as np
 import tabulate
 
 from benchmarks import parity_cases
+from experiments import provenance
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "parity.md"
 TOLERANCE = 1e-4
