@@ -7,7 +7,11 @@ shared machine. Temporary memory is what the compiler plans. Writes results/op_c
 """
 
 import functools
+import json
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from unittest import mock
 
@@ -71,18 +75,35 @@ def compare(name: str, slow, fast, rounds: int) -> list:
   return [name, *(1e3 * s for s in seconds), ratios[0], *temp, ratios[1]]
 
 
-def main() -> None:
-  """Prints and writes the table."""
+def rows() -> list[list]:
+  """The table's rows on the cores that this process may use."""
   short, long = inputs(1, 2048, 4, 64, 64), inputs(1, 16384, 4, 64, 64)
   xla = step("xla")
-  rows = [compare("T = 16,384 / T = 2,048 (B 1, H 4, D V M 64)", (xla, long), (xla, short), 9)]
+  found = [compare("T = 16,384 / T = 2,048 (B 1, H 4, D V M 64)", (xla, long), (xla, short), 9)]
   for b, h, d in ((1, 4, 64), (1, 2, 128)):
     x = inputs(b, 2048, h, d, d)
     size = f"(B {b}, H {h}, D V M {d}, T 2,048)"
-    rows.append(compare(f"reference / xla {size}", (step("reference"), x), (xla, x), 3))
-    rows.append(compare(f"plain autodiff / xla {size}", (autodiff(), x), (xla, x), 9))
-  columns = ["forward + backward", "ms", "ms", "ratio", "temp MB", "temp MB", "ratio"]
-  table = tabulate.tabulate(rows, columns, tablefmt="github", floatfmt=".1f")
+    found.append(compare(f"reference / xla {size}", (step("reference"), x), (xla, x), 3))
+    found.append(compare(f"plain autodiff / xla {size}", (autodiff(), x), (xla, x), 9))
+  return found
+
+
+def on_cores(count: int) -> list[list]:
+  """The rows on `count` cores, in a process of its own: threads are counted when JAX starts."""
+  program = "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:%d])\n"
+  program += "import json; from benchmarks import op_cost; print(json.dumps(op_cost.rows()))"
+  done = subprocess.run(
+    [sys.executable, "-c", program % count], cwd=provenance.ROOT, stdout=subprocess.PIPE, check=True
+  )
+  return json.loads(done.stdout)
+
+
+def main() -> None:
+  """Prints and writes the table."""
+  available = len(os.sched_getaffinity(0))
+  body = [[n, *row] for n in dict.fromkeys((1, available)) for row in on_cores(n)]
+  columns = ["cores", "forward + backward", "ms", "ms", "ratio", "temp MB", "temp MB", "ratio"]
+  table = tabulate.tabulate(body, columns, tablefmt="github", floatfmt=".1f")
   text = f"    python -m benchmarks.op_cost\n\n{provenance.machine()}; fp32, C = {C}.\n\n{table}\n"
   provenance.write(RESULTS, text)
   print(text)
