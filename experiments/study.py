@@ -162,7 +162,7 @@ def report(study, name: str, lines: list[dict[str, Any]]) -> str:
   """The text of NAME.md."""
   revisions = " ".join(sorted({line["revision"] for line in lines})) or "none yet"
   rates = ", ".join(f"{r:g}" for r in study.LEARNING_RATES)
-  about = " ".join(study.__doc__.split("\n\n", 2)[-1].split())
+  about = study.__doc__.split("\n\n", 2)[-1].strip()
   return f"""    python -m experiments.study {name}
 
 {about}

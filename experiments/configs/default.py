@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg = ml_collections.ConfigDict()
   cfg.seed = 0  # of the initial parameters and of the order of the data
   cfg.workdir = "runs/default"  # checkpoints, metrics, TensorBoard events; the same = go on there
-  cfg.steps = 900  # updates in all
+  cfg.steps = 1500  # updates in all
   cfg.batch_size = 1  # sequences per update, over all devices
   cfg.seq_len = 1024  # tokens per sequence
   cfg.grad_accum = 1  # microbatches per update; memory falls with it, the result does not change
