@@ -3,10 +3,11 @@
 A backend is a module with
 
   supports(spec, shapes) -> None, or why it cannot run this call here
-  forward(spec, inputs, start, anchor, init, rows) -> (o, end, anchor out, saved)
-  backward(spec, inputs, start, anchor, init, rows, saved, cts) -> cotangents
+  forward(spec, inputs, start, init, rows, save) -> (o, end, kept, saved)
+  backward(spec, inputs, start, init, rows, saved, cts) -> (inputs_bar, start_bar, init_bar)
 
-as `ops/chunked.py` documents them ("reference" alone is a plain function).
+as `ops/chunked.py` documents them ("reference" alone is a plain function). A backend sees whole
+chunks only: `ops/trellis.py` takes the rest of a chunk that an earlier call left unfinished.
 """
 
 import importlib

@@ -61,103 +61,84 @@ class _Plan(NamedTuple):
     return cls(chunk, per_read * chunk, each * chunk, math.ceil(chunks / each))
 
 
-def supports(spec: Spec, q_shape, v_shape, num_slots: int) -> str | None:
+def supports(spec: Spec, shapes) -> str | None:
   """Returns None: every shape and activation runs."""
   return None
 
 
-def forward(spec: Spec, inputs: Inputs, start, anchor, init, rows: Rows):
-  """Returns (o [B N H V], end, anchor at `rows.last`, starts); memories are pairs (S_k, S_v).
+def forward(spec: Spec, inputs: Inputs, start, init, rows: Rows, save: bool):
+  """Returns (o [B N H V], end, kept, saved); memories are pairs (S_k, S_v).
 
   Args:
     spec: the static choices.
     inputs: on the grid, N a multiple of the chunk length; slots that hold no token are zero.
     start: memories [B H M D | V] before slot 0, fp32 or wider.
-    anchor: where the first chunk's inner gradients are taken, or None for `start`.
     init: memories [H M D | V] after a restart.
     rows: restarts and ends.
+    save: whether `backward` will be called; saved may be None if not.
+
+  Returns:
+    o; end, the memories after slot N; kept, those at the start of the chunk `rows.last` (or zeros
+    where a row has none); saved, what `backward` wants to see again: here the block starts.
   """
-  kept = tuple(jnp.zeros_like(s) for s in start)
-  memories, first = start, None
-  if anchor is not None:
-    head = _Plan(spec.chunk_size, spec.chunk_size, spec.chunk_size, 1)
-    memories, kept, first = _block(
-      spec, head, memories, anchor, init, kept, *_slice(head, inputs, rows, 0, 0)
-    )
-    if inputs.q.shape[1] == spec.chunk_size:
-      return first, memories, kept, None
-  skip = 0 if anchor is None else spec.chunk_size
-  plan = _Plan.of(inputs.q.shape[1] - skip, spec.chunk_size)
-  padded, padded_rows, slots = _pad(plan, skip, inputs, rows)
+  plan = _Plan.of(inputs.q.shape[1], spec.chunk_size)
+  padded, padded_rows, slots = _pad(plan, inputs, rows)
 
   def body(carry, i):
     memories, kept, o = carry
-    block = _slice(plan, padded, padded_rows, skip, i)
+    block = _slice(plan, padded, padded_rows, i)
     end, kept, o_block = _block(spec, plan, memories, None, init, kept, *block)
-    o = jax.lax.dynamic_update_slice_in_dim(o, o_block, skip + i * plan.block, 1)
-    return (end, kept, o), memories
+    o = jax.lax.dynamic_update_slice_in_dim(o, o_block, i * plan.block, 1)
+    return (end, kept, o), memories if save else None
 
-  o = jnp.zeros((*padded.v.shape[:3], padded.v.shape[3]), inputs.v.dtype)
-  if first is not None:
-    o = jax.lax.dynamic_update_slice_in_dim(o, first, 0, 1)
-  (end, kept, o), starts = jax.lax.scan(body, (memories, kept, o), jnp.arange(plan.blocks))
+  carry = (start, jax.tree.map(jnp.zeros_like, start), jnp.zeros_like(padded.v))
+  (end, kept, o), starts = jax.lax.scan(body, carry, jnp.arange(plan.blocks))
   return o[:, :slots], end, kept, starts
 
 
-def backward(spec: Spec, inputs: Inputs, start, anchor, init, rows: Rows, starts, cts):
-  """Returns the cotangents of (inputs, start, anchor, init) for those of (o, end, anchor out).
-
-  `starts` is what `forward` saved: the memories at the block starts, or None for one chunk.
-  """
+def backward(spec: Spec, inputs: Inputs, start, init, rows: Rows, saved, cts):
+  """Returns the cotangents of (inputs, start, init) for those of (o, end, kept)."""
   o_bar, memories_bar, kept_bar = cts
-  zeros = tuple(jnp.zeros_like(s) for s in start)
-  init_bar = tuple(jnp.zeros_like(s) for s in init)
-  skip = 0 if anchor is None else spec.chunk_size
-  slots = inputs.q.shape[1]
-  grads = None
-  if starts is not None:
-    plan = _Plan.of(slots - skip, spec.chunk_size)
-    padded, padded_rows, _ = _pad(plan, skip, inputs, rows)
-    pad = padded.q.shape[1] - slots
-    o_bar = jnp.pad(o_bar, [(0, 0), (0, pad), (0, 0), (0, 0)])
+  plan = _Plan.of(inputs.q.shape[1], spec.chunk_size)
+  padded, padded_rows, slots = _pad(plan, inputs, rows)
+  o_bar = jnp.pad(o_bar, [(0, 0), (0, padded.q.shape[1] - slots), (0, 0), (0, 0)])
+  no_kept = jax.tree.map(jnp.zeros_like, start)
 
-    def body(carry, xs):
-      memories_bar, kept_bar, init_bar, grads = carry
-      i, memories = xs
-      x, *masks = _slice(plan, padded, padded_rows, skip, i)
-      run = lambda s, s0, kept, x: _block(spec, plan, s, None, s0, kept, x, *masks)
-      _, pull = jax.vjp(run, memories, init, zeros, x)
-      at = skip + i * plan.block
-      o_bar_block = jax.lax.dynamic_slice_in_dim(o_bar, at, plan.block, 1)
-      memories_bar, more, kept_bar, x_bar = pull((memories_bar, kept_bar, o_bar_block))
-      init_bar = jax.tree.map(jnp.add, init_bar, more)
-      put = lambda g, x: jax.lax.dynamic_update_slice_in_dim(g, x, at, 1)
-      return (memories_bar, kept_bar, init_bar, jax.tree.map(put, grads, x_bar)), None
+  def body(carry, xs):
+    memories_bar, kept_bar, init_bar, grads = carry
+    i, memories = xs
+    x, *masks = _slice(plan, padded, padded_rows, i)
+    run = lambda s, s0, kept, x: _block(spec, plan, s, None, s0, kept, x, *masks)
+    _, pull = jax.vjp(run, memories, init, no_kept, x)
+    o_bar_block = jax.lax.dynamic_slice_in_dim(o_bar, i * plan.block, plan.block, 1)
+    memories_bar, more, kept_bar, x_bar = pull((memories_bar, kept_bar, o_bar_block))
+    init_bar = jax.tree.map(jnp.add, init_bar, more)
+    put = lambda g, x: jax.lax.dynamic_update_slice_in_dim(g, x, i * plan.block, 1)
+    return (memories_bar, kept_bar, init_bar, jax.tree.map(put, grads, x_bar)), None
 
-    grads = jax.tree.map(jnp.zeros_like, padded)
-    carry = (memories_bar, kept_bar, init_bar, grads)
-    (memories_bar, kept_bar, init_bar, grads), _ = jax.lax.scan(
-      body, carry, (jnp.arange(plan.blocks), starts), reverse=True
-    )
-    grads = jax.tree.map(lambda g: g[:, :slots], grads)
-  if anchor is None:
-    return grads, memories_bar, None, init_bar
-  head = _Plan(spec.chunk_size, spec.chunk_size, spec.chunk_size, 1)
-  x, *masks = _slice(head, inputs, rows, 0, 0)
-  run = lambda s, a, s0, x: _block(spec, head, s, a, s0, zeros, x, *masks)
-  _, pull = jax.vjp(run, start, anchor, init, x)
-  start_bar, anchor_bar, more, x_bar = pull((memories_bar, kept_bar, o_bar[:, : head.block]))
-  init_bar = jax.tree.map(jnp.add, init_bar, more)
-  if grads is None:
-    return x_bar, start_bar, anchor_bar, init_bar
-  put = lambda g, x: jax.lax.dynamic_update_slice_in_dim(g, x, 0, 1)
-  return jax.tree.map(put, grads, x_bar), start_bar, anchor_bar, init_bar
+  zeros = jax.tree.map(jnp.zeros_like, (init, padded))
+  (start_bar, _, init_bar, grads), _ = jax.lax.scan(
+    body, (memories_bar, kept_bar, *zeros), (jnp.arange(plan.blocks), saved), reverse=True
+  )
+  return jax.tree.map(lambda g: g[:, :slots], grads), start_bar, init_bar
 
 
-def _pad(plan: _Plan, skip: int, inputs: Inputs, rows: Rows):
+def entered_chunk(spec: Spec, inputs: Inputs, start, anchor, init, rows: Rows):
+  """Returns (o [B C H V], end, kept) of a first chunk whose gradients are taken at `anchor`.
+
+  It goes on with a chunk that an earlier call left unfinished: it starts from `start`, but its
+  inner gradients belong to the memory at that chunk's own start.
+  """
+  plan = _Plan(spec.chunk_size, spec.chunk_size, spec.chunk_size, 1)
+  kept = jax.tree.map(jnp.zeros_like, start)
+  end, kept, o = _block(spec, plan, start, anchor, init, kept, *_slice(plan, inputs, rows, 0))
+  return o, end, kept
+
+
+def _pad(plan: _Plan, inputs: Inputs, rows: Rows):
   """Returns the inputs and rows with empty slots up to whole blocks, and the slots before that."""
   slots = inputs.q.shape[1]
-  more = skip + plan.blocks * plan.block - slots
+  more = plan.blocks * plan.block - slots
   if more:
     pad = lambda x, **kw: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2), **kw)
     inputs = jax.tree.map(pad, inputs)
@@ -166,9 +147,9 @@ def _pad(plan: _Plan, skip: int, inputs: Inputs, rows: Rows):
   return inputs, rows, slots
 
 
-def _slice(plan: _Plan, inputs: Inputs, rows: Rows, skip: int, i):
+def _slice(plan: _Plan, inputs: Inputs, rows: Rows, i):
   """Returns block i: (inputs [B L H ...], run [B L], run before it [B], last chunk in it [B])."""
-  at = skip + i * plan.block
+  at = i * plan.block
   cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, plan.block, 1)
   last = rows.last - at // plan.chunk
   if rows.run is None:

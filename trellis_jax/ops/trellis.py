@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from trellis_jax.ops import backends, checks, reference, sharded
+from trellis_jax.ops import backends, checks, chunked, reference, sharded
 from trellis_jax.ops.chunked import Inputs
 from trellis_jax.ops.grid import Grid, pad_tail, rows_of
 from trellis_jax.ops.spec import Spec
@@ -126,7 +126,7 @@ def _call(implementation, spec, x: Inputs, initial_memory, initial_state, segmen
       jnp.where(fresh_chunk, s, a) for s, a in zip(start, (state.anchor_k, state.anchor_v))
     )
   rows, offset, segment = rows_of(grid, segment_ids, state, t, spec.chunk_size)
-  o, end, kept = _run(implementation, spec, on_grid, start, anchor, memory, rows)
+  o, end, kept = _on_grid(implementation, spec, on_grid, start, anchor, memory, rows)
   o = o[:, :t] if grid is None else grid.collect(o)
   anchors = (None, None)
   if spec.chunk_size > 1:
@@ -150,17 +150,34 @@ def _token_loop(spec, memory, state, x: Inputs, segment_ids):
   return o.astype(x.v.dtype), state
 
 
+def _on_grid(implementation, spec, inputs, start, anchor, init, rows):
+  """Runs the chunks: one entered midway as a scan's body, the others as the backend does."""
+  if anchor is None:
+    return _run(implementation, spec, inputs, start, init, rows)
+  c = spec.chunk_size
+  first, rest = (jax.tree.map(lambda x: x[:, at], inputs) for at in (slice(c), slice(c, None)))
+  entered = jax.checkpoint(chunked.entered_chunk, static_argnums=0)
+  o, end, kept = entered(spec, first, start, anchor, init, rows)
+  if not rest.q.shape[1]:
+    return o, end, kept
+  run = None if rows.run is None else rows.run[:, c:] - rows.run[:, c - 1 : c]
+  later = rows.last > 0
+  o_rest, end, kept_rest = _run(
+    implementation, spec, rest, end, init, chunked.Rows(run, rows.last - 1)
+  )
+  pick = lambda a, b: jnp.where(later[:, None, None, None], a, b)
+  return jnp.concatenate([o, o_rest], axis=1), end, jax.tree.map(pick, kept_rest, kept)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(implementation, spec, inputs, start, anchor, init, rows):
+def _run(implementation, spec, inputs, start, init, rows):
   """Runs a backend on the grid; its own `backward` is the derivative, for all of them."""
-  o, end, kept, _ = backends.load(implementation).forward(spec, inputs, start, anchor, init, rows)
-  return o, end, kept
+  return backends.load(implementation).forward(spec, inputs, start, init, rows, False)[:3]
 
 
-def _run_forward(implementation, spec, inputs, start, anchor, init, rows):
-  forward = backends.load(implementation).forward
-  o, end, kept, saved = forward(spec, inputs, start, anchor, init, rows)
-  return (o, end, kept), (inputs, start, anchor, init, rows, saved)
+def _run_forward(implementation, spec, inputs, start, init, rows):
+  *out, saved = backends.load(implementation).forward(spec, inputs, start, init, rows, True)
+  return tuple(out), (inputs, start, init, rows, saved)
 
 
 def _run_backward(implementation, spec, saved, cts):
