@@ -119,15 +119,10 @@ def _vector(q, k, w, log_decay, start, axis, precision):
   o = jnp.sum(q * k, axis=-1, keepdims=True) * w
   for m, left, right in found:
     left, right = jnp.exp(left), jnp.exp(right)
-    q2, k1, w1 = (
-      halving.halves(q, m)[..., 1, :, :],
-      *(halving.halves(x, m)[..., 0, :, :] for x in (k, w)),
-    )
+    q2, k1, w1 = halving.half(q, m, 1), halving.half(k, m, 0), halving.half(w, m, 0)
     q2, k1, w1 = (q2 * right, k1 * left, w1) if by_key else (q2, k1, w1 * left)
     later = dot("...ts,...sv->...tv", dot("...tk,...sk->...ts", q2, k1), w1)
-    later = later if by_key else later * right
-    more = jnp.stack([jnp.zeros_like(later), later], axis=-3)
-    o = o + more.reshape(o.shape)
+    o = o + halving.whole(later if by_key else later * right, m, 1)
   carry, end = jnp.exp(through), jnp.exp(after)
   k, w = (end * k, w) if by_key else (k, end * w)
   total = carry[..., -1, :]

@@ -11,6 +11,7 @@ multiplications as without decays. No quotient and no difference is ever taken: 
 of 0 (l = -inf) are as exact as any, forward and backward.
 """
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -26,6 +27,29 @@ def halves(x: Float[Array, "... L W"], m: int) -> Float[Array, "... n 2 m W"]:
   return x.reshape(*lead, length // (2 * m), 2, m, width)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def half(x: Float[Array, "... L W"], m: int, which: int) -> Float[Array, "... n m W"]:
+  """Returns the first (0) or the second (1) half of every block of 2m tokens.
+
+  The derivative is `whole`, a selection, where that of a slice is a pad. Sums of pads of several
+  levels are one loop to XLA's CPU compiler, which then takes minutes to compile it.
+  """
+  return halves(x, m)[..., which, :, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(x: Float[Array, "... n m W"], m: int, which: int) -> Float[Array, "... L W"]:
+  """Returns blocks of 2m tokens with x in one half and zeros in the other: `half` transposed."""
+  *lead, n, m, width = x.shape
+  here = jnp.arange(2).reshape((1,) * (len(lead) + 1) + (2, 1, 1)) == which
+  x = jnp.where(here, x[..., None, :, :], 0)
+  return x.reshape(*lead, 2 * n * m, width)
+
+
+half.defvjp(lambda x, m, which: (half(x, m, which), None), lambda m, i, _, ct: (whole(ct, m, i),))
+whole.defvjp(lambda x, m, which: (whole(x, m, which), None), lambda m, i, _, ct: (half(ct, m, i),))
+
+
 def levels(
   log_decay: Float[Array, "... L W"],
 ) -> tuple[list[tuple[int, Array, Array]], Array, Array]:
@@ -34,18 +58,16 @@ def levels(
   log left, log right [..., n, m, W] are of the first and of the second halves; carry [..., L, W]
   is from the chunk's start through each token, end [..., L, W] from after it to the chunk's end.
   """
-  *lead, length, width = log_decay.shape
   through, after = log_decay, jnp.zeros_like(log_decay)
   found = []
-  for m in _sizes(length):
-    t, a = halves(through, m), halves(after, m)
-    first, second = t[..., 0, :, :], t[..., 1, :, :]
-    found.append((m, a[..., 0, :, :], second))
-    through = jnp.stack([first, second + first[..., -1:, :]], axis=-3)
-    after = jnp.stack([a[..., 0, :, :] + second[..., -1:, :], a[..., 1, :, :]], axis=-3)
-    through, after = (x.reshape(*lead, length, width) for x in (through, after))
-    # A compiler that fused the levels would compute level m anew for each of its 2^m uses.
-    through, after = jax.lax.optimization_barrier((through, after))
+  for m in _sizes(log_decay.shape[-2]):
+    found.append((m, half(after, m, 0), half(through, m, 1)))
+    # From the terms, not from the last of `through`: a level that reads another place of the level
+    # before is computed anew for each of its 2^m uses where the compiler fuses them.
+    first, second = (jnp.sum(half(log_decay, m, i), axis=-2, keepdims=True) for i in (0, 1))
+    wide = lambda x: jnp.broadcast_to(x, (*x.shape[:-2], m, x.shape[-1]))
+    through = through + whole(wide(first), m, 1)
+    after = after + whole(wide(second), m, 0)
   return found, through, after
 
 
