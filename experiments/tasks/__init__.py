@@ -2,7 +2,8 @@
 
 A task's file holds `Config`, a frozen dataclass of its knobs with `vocab_size` among them, and
 `Rows(config, split, seq_len)`: a split's examples by their number, each a dict of [T] arrays as
-data.loader describes them, `len()` of them, and `blank()`, a row of padding.
+data.loader describes them, `len()` of them, and `blank()`, a row of padding. `NAME_check.py` says
+whether examples, ours or others', follow the protocol of NAME.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from experiments.errors import UserError
 def names() -> list[str]:
   """The tasks there are."""
   folder = pathlib.Path(__file__).parent
-  return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+  stems = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+  return sorted(stem for stem in stems if not stem.endswith("_check"))
 
 
 def get(name: str):

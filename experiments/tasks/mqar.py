@@ -17,6 +17,7 @@ Row i is drawn by a generator of its own, seeded by (seed, split, i).
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from experiments.corpus import SPLITS
 from experiments.errors import UserError
@@ -65,27 +66,53 @@ class Config:
       )
 
 
+def slots(seq_len: int, blanks: int, pairs: int) -> int:
+  """Slots of an example of `seq_len` tokens; UserError when pairs and queries do not fit in."""
+  left = seq_len - blanks
+  if left % 2:
+    raise UserError(
+      f"seq_len={seq_len} leaves an odd {left} tokens after data.mqar.blanks={blanks};"
+      " accepted is an even number"
+    )
+  if left < 4 * pairs:
+    raise UserError(
+      f"seq_len={seq_len} is too short for data.mqar.blanks={blanks} and"
+      f" data.mqar.pairs={pairs}; accepted is at least {blanks + 4 * pairs}"
+    )
+  return left // 2 - pairs
+
+
+def law(slots: int, power: float) -> Float[np.ndarray, " S"]:
+  """The chance of each slot to be the first one drawn."""
+  weights = np.arange(1, slots + 1, dtype=np.float64) ** (power - 1)
+  return weights / weights.sum()
+
+
+def lay(
+  tokens: Int[np.ndarray, " T"],
+  keys: Int[np.ndarray, " K"],
+  values: Int[np.ndarray, " K"],
+  drawn: Int[np.ndarray, " K"],
+  blanks: int = 0,
+) -> Int[np.ndarray, " K"]:
+  """Writes pairs and queries over `tokens`; returns the queries' positions, of key j the j-th."""
+  end = blanks + 2 * len(keys)
+  at = end + 2 * drawn
+  tokens[blanks:end:2], tokens[blanks + 1 : end : 2] = keys, values
+  tokens[at] = keys
+  return at
+
+
 class Rows:
   """Random access to a split's examples of T tokens."""
 
   def __init__(self, config: Config, split: str, seq_len: int):
     """Raises UserError when the pairs and their queries do not fit into `seq_len`."""
-    c, left = config, seq_len - config.blanks
-    if left % 2:
-      raise UserError(
-        f"seq_len={seq_len} leaves an odd {left} tokens after data.mqar.blanks={c.blanks};"
-        " accepted is an even number"
-      )
-    if left < 4 * c.pairs:
-      raise UserError(
-        f"seq_len={seq_len} is too short for data.mqar.blanks={c.blanks} and"
-        f" data.mqar.pairs={c.pairs}; accepted is at least {c.blanks + 4 * c.pairs}"
-      )
-    self.config, self.seq_len = config, seq_len
+    c = config
+    self.law = law(slots(seq_len, c.blanks, c.pairs), c.power)
+    self.config, self.seq_len = c, seq_len
     self.split = SPLITS.index(split)
     self.length = c.train_examples if split == "train" else c.held_out_examples
-    weights = np.arange(1, left // 2 - c.pairs + 1, dtype=np.float64) ** (c.power - 1)
-    self.law = weights / weights.sum()  # of the first slot drawn
 
   def __len__(self) -> int:
     return self.length
@@ -93,16 +120,14 @@ class Rows:
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
     c = self.config
     rng = np.random.default_rng([c.seed, self.split, row])
-    half, end = c.vocab_size // 2, c.blanks + 2 * c.pairs
+    half = c.vocab_size // 2
     keys = 1 + rng.choice(half - 1, c.pairs, replace=False)
     values = half + rng.choice(c.vocab_size - half, c.pairs, replace=False)
-    queries = end + 2 * rng.choice(len(self.law), c.pairs, replace=False, p=self.law)
+    drawn = rng.choice(len(self.law), c.pairs, replace=False, p=self.law)
     result = self.blank()
-    tokens = result["tokens"]
     if c.noise:
-      tokens[:] = rng.integers(c.vocab_size, size=self.seq_len)
-    tokens[c.blanks : end : 2], tokens[c.blanks + 1 : end : 2] = keys, values
-    tokens[queries] = keys
+      result["tokens"][:] = rng.integers(c.vocab_size, size=self.seq_len)
+    queries = lay(result["tokens"], keys, values, drawn, c.blanks)
     result["targets"][queries] = values
     result["weights"][queries] = 1
     result["segment_ids"][:] = 1
