@@ -1,6 +1,7 @@
 """Pallas kernels of the Trellis op, one file per backend; imports jax alone.
 
 Each file holds the three functions that `trellis_jax.ops.backends` describes: `supports`,
-`forward`, `backward`. A new file is picked up by its name. There is none yet: every call runs as
-the `jax.lax.scan` over chunks of `trellis_jax/ops/chunked.py`.
+`forward`, `backward`. A new file is picked up by its name; files that begin with an underscore are
+parts of one. What no backend supports runs as the `jax.lax.scan` over chunks of
+`trellis_jax/ops/chunked.py`.
 """

@@ -1,0 +1,107 @@
+"""What the Triton kernels share: the static plan of a call, matrix products, the launch.
+
+Pallas' Triton backend is deprecated from jax 0.11 on and is the one that runs on GPUs today, so
+every launch names it by its `CompilerParams`, and its warning is silenced here and nowhere else.
+"""
+
+import contextlib
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+warnings.filterwarnings("ignore", message=".*Triton.*deprecated.*", category=DeprecationWarning)
+
+BLOCK = 64  # tokens that one program of the parallel kernels takes
+NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+_interpreting = False
+
+
+class Plan(NamedTuple):
+  """The static choices of a call.
+
+  chunk: C; operand: dtype of the products' operands and of what goes through memory; runs: whether
+  rows have restarts; interpret: run as JAX operations; the others are the op's own.
+  """
+
+  chunk: int
+  operand: jnp.dtype
+  runs: bool
+  interpret: bool
+  precision: jax.lax.Precision | None
+  phi: str
+  f: str
+  phi_out: str
+  phi_eps: float
+  eps: float
+  rho: float
+
+  @classmethod
+  def of(cls, spec, dtype, runs: bool) -> "Plan":
+    """Returns the plan of the op's `spec` for values of `dtype`."""
+    knobs = (spec.phi, spec.f, spec.phi_out, spec.phi_eps, spec.eps, spec.outer_gradient)
+    chunk, precision = spec.chunk_size, spec.precision
+    return cls(chunk, jnp.dtype(dtype), runs, _interpreting, precision, *knobs)
+
+  @property
+  def fast(self) -> bool:
+    """Whether sigmoids may be as coarse as the operands are."""
+    return self.operand == jnp.bfloat16
+
+
+@contextlib.contextmanager
+def interpreted():
+  """Runs the kernels as JAX operations on any platform, while tracing inside of the context."""
+  global _interpreting
+  before, _interpreting = _interpreting, True
+  try:
+    yield
+  finally:
+    _interpreting = before
+
+
+def interpreting() -> bool:
+  """Whether `interpreted` is in force."""
+  return _interpreting
+
+
+def dot(plan: Plan, x, y, dims=NN):
+  """Returns the fp32 product of two tiles, whose operands are rounded to `plan.operand`."""
+  precision = plan.precision
+  if plan.operand == jnp.float32 and not plan.interpret and precision is not None:
+    # The IEEE product has no tensor cores and spills; three TF32 products are as exact as fp32.
+    x3 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    precision = None if precision == jax.lax.Precision.DEFAULT else x3
+  x, y = x.astype(plan.operand), y.astype(plan.operand)
+  return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def call(plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int, stages: int):
+  """Returns the launch of `kernel` as a function of its arrays; the kernel's name is the launch's.
+
+  Args:
+    plan: says whether to interpret.
+    kernel: takes one reference per input and then one per output.
+    grid: programs, at most three axes, neighbours along the first.
+    in_specs, out_specs: block shapes with their index maps, see `tile`.
+    out_shape: (shape, dtype) of each output.
+    warps, stages: Triton's, per program and per pipelined loop.
+  """
+  return pl.pallas_call(
+    kernel,
+    grid=grid,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shape],
+    compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
+    interpret=plan.interpret,
+    name=kernel.__name__,
+  )
+
+
+def tile(shape, index):
+  """Returns the spec of a block; None in `shape` is one index of that axis, dropped."""
+  return pl.BlockSpec(shape, index)

@@ -1,0 +1,211 @@
+r"""The sequential kernels: both memories evolve from chunk to chunk, and back.
+
+One program per row, head and pass (keys, values). With write vectors W, targets A, steps g and the
+decays to the chunk's end `end` and `total`:
+
+  Z = W S^T,   U = J_phi(Z)^T (phi(Z) - A),   S <- total S - (end g U)^T W
+
+and in reverse, with X the cotangent of g U, GU_bar what the reads gave of it, and S'_bar that of
+the memory after the chunk:
+
+  X = GU_bar - end (W S'_bar^T),   Z_bar = rho (vjp of U at g X),   S_bar = total S'_bar + Z_bar^T W
+
+plus what the reads of a block gave of S. Memories leave the forward at the start of every block of
+BLOCK tokens, their cotangents leave the reverse at its end: given U and Z_bar both are linear, so
+all the rest is parallel over blocks, whatever the chunk length.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _triton_activations as activations
+from pallas_kernels import _triton_decays as decays
+from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile
+
+# Rows of the numbers per token and per chunk.
+STEP, END, ENTERED = range(3)
+TOTAL, SURVIVES = range(2)
+WARPS, STAGES = 4, 3
+
+
+def scalars(plan, log_beta, gamma, run):
+  """Returns ([B H 2|3 N] per token, [B H 1|2 n] per chunk) of [B H N] gates; see the rows above."""
+  by_chunk = decays.of(log_beta, run, plan.chunk)
+  tokens, chunks = [gamma, by_chunk.end().reshape(gamma.shape)], [by_chunk.carry[..., -1]]
+  if plan.runs:
+    entered = jnp.broadcast_to(by_chunk.entered, by_chunk.hi.shape).astype(jnp.float32)
+    tokens.append(entered.reshape(gamma.shape))
+    chunks.append(entered[..., -1])
+  return jnp.stack(tokens, 2).astype(jnp.float32), jnp.stack(chunks, 2).astype(jnp.float32)
+
+
+def _codes(plan, rows, init_ref, w, s, at):
+  """Z of one chunk, and whether its tokens see `s`, [C, 1], or None."""
+  z = dot(plan, w, s, NT)
+  if not plan.runs:
+    return z, None
+  entered = rows[ENTERED, pl.ds(at, plan.chunk)][:, None] > 0
+  return jnp.where(entered, z, dot(plan, w, init_ref[...], NT)), entered
+
+
+def _forward_pass(plan, num_slots, rows, chunks, last, a_ref, w_ref, start, init, outs):
+  gu_ref, z_ref, states_ref, end_ref, kept_ref = outs
+
+  def body(c, s):
+    at = c * plan.chunk
+    tokens = pl.ds(at, plan.chunk)
+    w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
+    step, end = rows[STEP, tokens], rows[END, tokens]
+
+    @pl.when(jax.lax.rem(at, BLOCK) == 0)
+    def _():
+      states_ref[jax.lax.div(at, BLOCK)] = s.astype(states_ref.dtype)
+
+    @pl.when(c == last)
+    def _():
+      kept_ref[...] = s
+
+    z, _ = _codes(plan, rows, init, w, s, at)
+    gu = step[:, None] * activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
+    gu_ref[tokens] = gu.astype(gu_ref.dtype)
+    if z_ref is not None:
+      z_ref[tokens] = z.astype(z_ref.dtype)
+    if plan.runs:
+      s = jnp.where(chunks[SURVIVES, c] > 0, s, init[...])
+    return chunks[TOTAL, c] * s - dot(plan, end[:, None] * gu, w, TN)
+
+  kept_ref[...] = jnp.zeros(kept_ref.shape, kept_ref.dtype)
+  end_ref[...] = jax.lax.fori_loop(0, num_slots // plan.chunk, body, start[...])
+
+
+def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
+  """Runs both passes over all chunks.
+
+  Args:
+    plan: the static choices.
+    k, v, alpha: [B N H D | V | M], N a multiple of BLOCK.
+    tokens, chunks: from `scalars`.
+    last: the chunk [B] whose start is wanted in fp32.
+    start: (S_k, S_v) [B H M D | V] fp32.
+    init: (S_k, S_v) [H M D | V] fp32 after a restart.
+    save: whether the codes Z are wanted.
+
+  Returns:
+    (g U [2 B H N M], Z or None, states at the block starts, end, kept), memories in pairs.
+  """
+  b, num_slots, h, d = k.shape
+  width, m, blocks = v.shape[-1], alpha.shape[-1], num_slots // BLOCK
+
+  def trellis_evolve(tokens, chunks, last, a, k, v, s_k, s_v, init_k, init_v, *outs):
+    gu, z = outs[0], outs[1] if save else None
+    pairs = outs[1 + save :]
+    for i, (w, start, init) in enumerate(((k, s_k, init_k), (v, s_v, init_v))):
+
+      @pl.when(pl.program_id(2) == i)
+      def _(w=w, start=start, init=init, of_pass=pairs[i::2]):
+        args = (tokens, chunks, last[0], a, w, start, init, (gu, z, *of_pass))
+        _forward_pass(plan, num_slots, *args)
+
+  row = lambda *shape: tile((None, None, *shape), lambda h, b, p: (b, h, *(0,) * len(shape)))
+  head = lambda *shape: tile((None, *shape), lambda h, b, p: (h, 0, 0))
+  slots = lambda width: tile((None, num_slots, None, width), lambda h, b, p: (b, 0, h, 0))
+  codes = tile((None, None, None, num_slots, m), lambda h, b, p: (p, b, h, 0, 0))
+  fp32, store = jnp.float32, plan.operand
+  all_codes = [((2, b, h, num_slots, m), store)] * (1 + save)
+  states = [((b, h, blocks, m, w), store) for w in (d, width)]
+  ends = [((b, h, m, w), fp32) for w in (d, width)] * 2
+  outs = call(
+    plan,
+    trellis_evolve,
+    (h, b, 2),
+    [row(*tokens.shape[2:]), row(*chunks.shape[2:]), tile((1,), lambda h, b, p: (b,))]
+    + [slots(m), slots(d), slots(width), row(m, d), row(m, width), head(m, d), head(m, width)],
+    [codes] * (1 + save) + [row(*s[0][2:]) for s in (*states, *ends)],
+    [*all_codes, *states, *ends],
+    warps=WARPS,
+    stages=STAGES,
+  )(tokens, chunks, last, alpha, k, v, *start, *init)
+  gu, *rest = outs
+  z = rest.pop(0) if save else None
+  return gu, z, tuple(rest[:2]), tuple(rest[2:4]), tuple(rest[4:])
+
+
+def _reverse_pass(plan, num_slots, rows, chunks, a_ref, z_ref, gu_bar_ref, w_ref, refs):
+  from_reads, end_bar, x_ref, states_bar_ref, start_bar_ref = refs
+  count = num_slots // plan.chunk
+
+  def body(i, s_bar):
+    c = count - 1 - i
+    at = c * plan.chunk
+    tokens, block = pl.ds(at, plan.chunk), jax.lax.div(at, BLOCK)
+    w, a, z = w_ref[tokens], a_ref[tokens].astype(jnp.float32), z_ref[tokens].astype(jnp.float32)
+    step, end = rows[STEP, tokens][:, None], rows[END, tokens][:, None]
+
+    @pl.when(jax.lax.rem(at + plan.chunk, BLOCK) == 0)
+    def _():
+      states_bar_ref[block] = s_bar.astype(states_bar_ref.dtype)
+
+    x = gu_bar_ref[tokens].astype(jnp.float32) - end * dot(plan, w, s_bar, NT)
+    x_ref[tokens] = x.astype(x_ref.dtype)
+    if plan.runs:
+      s_bar = jnp.where(chunks[SURVIVES, c] > 0, s_bar, 0)
+    s_bar = chunks[TOTAL, c] * s_bar
+    if plan.rho:
+      _, z_bar, _ = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
+      if plan.runs:
+        z_bar = jnp.where(rows[ENTERED, tokens][:, None] > 0, z_bar, 0)
+      s_bar = s_bar + dot(plan, plan.rho * z_bar, w, TN)
+    add = lambda s: s + from_reads[block].astype(jnp.float32)
+    return (
+      add(s_bar)
+      if plan.chunk == BLOCK
+      else jax.lax.cond(jax.lax.rem(at, BLOCK) == 0, add, lambda s: s, s_bar)
+    )
+
+  start_bar_ref[...] = jax.lax.fori_loop(0, count, body, end_bar[...])
+
+
+def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
+  """Runs both passes over all chunks, the last one first.
+
+  Args:
+    plan, k, v, alpha, tokens, chunks: as in `forward`.
+    z: [2 B H N M], what `forward` saved.
+    gu_bar: a pair [B H N M], what the reads gave of g U.
+    states_bar: (S_k, S_v) [B H blocks M D | V], what the reads gave of the block starts.
+    end_bar: (S_k, S_v) [B H M D | V] fp32.
+
+  Returns:
+    (X [2 B H N M], cotangents of the memories at the block ends, start_bar), memories in pairs.
+  """
+  b, num_slots, h, d = k.shape
+  width, m = v.shape[-1], alpha.shape[-1]
+
+  def trellis_evolve_backward(tokens, chunks, a, z, *refs):
+    pairs, x, outs = refs[:8], refs[8], refs[9:]
+    for i in range(2):
+
+      @pl.when(pl.program_id(2) == i)
+      def _(gu_bar=pairs[i], w=pairs[2 + i], refs=(*pairs[4 + i :: 2], x, *outs[i::2])):
+        _reverse_pass(plan, num_slots, tokens, chunks, a, z, gu_bar, w, refs)
+
+  row = lambda *shape: tile((None, None, *shape), lambda h, b, p: (b, h, *(0,) * len(shape)))
+  slots = lambda width: tile((None, num_slots, None, width), lambda h, b, p: (b, 0, h, 0))
+  codes = tile((None, None, None, num_slots, m), lambda h, b, p: (p, b, h, 0, 0))
+  states = [(s.shape, plan.operand) for s in states_bar]
+  starts = [(s.shape, jnp.float32) for s in end_bar]
+  x, *rest = call(
+    plan,
+    trellis_evolve_backward,
+    (h, b, 2),
+    [row(*tokens.shape[2:]), row(*chunks.shape[2:]), slots(m), codes]
+    + [row(num_slots, m)] * 2
+    + [slots(d), slots(width)]
+    + [row(*s.shape[2:]) for s in (*states_bar, *end_bar)],
+    [codes] + [row(*s[0][2:]) for s in (*states, *starts)],
+    [(z.shape, plan.operand), *states, *starts],
+    warps=WARPS,
+    stages=STAGES,
+  )(tokens, chunks, alpha, z, *gu_bar, k, v, *states_bar, *end_bar)
+  return x, tuple(rest[:2]), tuple(rest[2:])

@@ -1,0 +1,102 @@
+r"""Every token's read, block by block, all blocks at once: key read, f, value read, phi_out.
+
+Given g U of the tokens the memory is linear between two block starts. For a block of BLOCK tokens
+that starts from S_k and S_v, with the decays `carry` and `pair` (`_triton_decays`):
+
+  Y = carry Q S_k^T - ((Q K^T) * pair) G U_k,   R = f(Y)
+  P = carry R S_v - ((R (G U_v)^T) * pair) V,   O = phi_out(P)
+
+Tokens after a restart in the block read `init` in place of S.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import _triton_activations as activations
+from pallas_kernels import _triton_decays as decays
+from pallas_kernels._triton_call import BLOCK, NN, NT, call, dot, tile
+
+# Rows of the numbers per token.
+HI, LO, FIRST, CARRY, ENTERED = range(5)
+
+
+def scalars(plan, log_beta, run):
+  """Returns [B H 4|5 N] of the gates [B H N]; see the rows above."""
+  d = decays.of(log_beta, run, BLOCK)
+  rows = [d.hi, d.lo, d.first, d.carry] + ([d.entered] if plan.runs else [])
+  flat = lambda x: jnp.broadcast_to(x, d.hi.shape).astype(jnp.float32).reshape(log_beta.shape)
+  return jnp.stack([flat(x) for x in rows], 2)
+
+
+def pair(hi, lo, first, hi_s, lo_s, before):
+  """Returns [t, s] decays from after s through t for the running sums at t and s.
+
+  `first` [t] and `before` [t] bound s: first <= s < before; the decay is 0 elsewhere.
+  """
+  s = jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
+  sees = (s >= first.astype(jnp.int32)[:, None]) & (s < before[:, None])
+  exponent = (hi[:, None] - hi_s[None, :]) + (lo[:, None] - lo_s[None, :])
+  return jnp.where(sees, jnp.exp(jnp.where(sees, exponent, 0)), 0)
+
+
+def read(plan, rows, x, s, init, dims):
+  """Returns (carried part, carry [t, 1], whether it is that of s or None) of a read of x."""
+  carry = rows[CARRY, :][:, None]
+  through = dot(plan, x, s, dims)
+  if not plan.runs:
+    return carry * through, carry, None
+  entered = rows[ENTERED, :][:, None] > 0
+  return carry * jnp.where(entered, through, dot(plan, x, init[...], dims)), carry, entered
+
+
+def block_pair(rows):
+  """Returns `pair` of a block's reads: every token sees itself and those before it."""
+  hi, lo = rows[HI, :], rows[LO, :]
+  return pair(hi, lo, rows[FIRST, :], hi, lo, jnp.arange(BLOCK, dtype=jnp.int32) + 1)
+
+
+def specs(plan, num_rows: int, d: int, width: int, m: int):
+  """Returns the specs (rows, tokens of a width, codes of a pass, memory, initial memory)."""
+  rows = tile((None, None, num_rows, BLOCK), lambda h, r, b: (b, h, 0, r))
+  tokens = lambda width: tile((None, BLOCK, None, width), lambda h, r, b: (b, r, h, 0))
+  codes = lambda i: tile((None, None, None, BLOCK, m), lambda h, r, b: (i, b, h, r, 0))
+  memory = lambda width: tile((None, None, None, m, width), lambda h, r, b: (b, h, r, 0, 0))
+  init = lambda width: tile((None, m, width), lambda h, r, b: (h, 0, 0))
+  return rows, tokens, codes, memory, init
+
+
+def forward(plan, q, k, v, gu, rows, states, init):
+  """Returns o [B N H V] in v's dtype.
+
+  Args:
+    plan: the static choices.
+    q, k, v: [B N H D | V], N a multiple of BLOCK.
+    gu: [2 B H N M], g U of both passes.
+    rows: from `scalars`.
+    states: (S_k, S_v) [B H blocks M D | V] at the block starts.
+    init: (S_k, S_v) [H M D | V].
+  """
+  b, num_slots, h, d = q.shape
+  width, m = v.shape[-1], gu.shape[-1]
+
+  def trellis_read(rows, q, k, v, gu_k, gu_v, s_k, s_v, init_k, init_v, o):
+    decay = block_pair(rows)
+    x = q[...]
+    y, _, _ = read(plan, rows, x, s_k[...], init_k, NT)
+    y = y - dot(plan, dot(plan, x, k[...], NT) * decay, gu_k[...])
+    r = activations.apply(plan, plan.f, y, plan.eps)
+    p, _, _ = read(plan, rows, r, s_v[...], init_v, NN)
+    p = p - dot(plan, dot(plan, r, gu_v[...], NT) * decay, v[...])
+    o[...] = activations.apply(plan, plan.phi_out, p, plan.eps).astype(o.dtype)
+
+  of_rows, tokens, codes, memory, initial = specs(plan, rows.shape[2], d, width, m)
+  return call(
+    plan,
+    trellis_read,
+    (h, num_slots // BLOCK, b),
+    [of_rows, tokens(d), tokens(d), tokens(width), codes(0), codes(1)]
+    + [memory(d), memory(width), initial(d), initial(width)],
+    [tokens(width)],
+    [(v.shape, v.dtype)],
+    warps=4 if max(d, width, m) <= 64 else 8,
+    stages=2,
+  )(rows, q, k, v, gu, gu, *states, *init)[0]

@@ -1,0 +1,258 @@
+"""The GPU kernels without a GPU: numbers by Pallas' interpreter, programs lowered for CUDA."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import op_cases
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import _triton_activations, _triton_decays, triton_gpu
+from pallas_kernels._triton_call import Plan
+from trellis_jax import trellis
+from trellis_jax.ops import activations, backends, decay
+from trellis_jax.ops.spec import Spec
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FORWARD, GRADIENT, BF16 = 2e-5, 2e-4, 1e-2
+NAMES = ("identity", "silu", "ln_silu", "l2_silu")
+
+
+def _scalar(*outputs):
+  """As `op_cases.scalar`, with phases that fp32 holds to its own precision in long arrays too."""
+  total = 0.0
+  for i, x in enumerate(jax.tree.leaves(outputs)):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
+      total = total + jnp.sum(jnp.sin(x * (1 + 0.1 * i) + jnp.arange(x.size) % 13))
+  return total
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "knobs"))
+def _value_and_grads(arrays, memory, state, segment_ids, implementation, knobs):
+  def loss(arrays, memory, state):
+    o, final = trellis(
+      *arrays,
+      initial_memory=memory,
+      initial_state=state,
+      segment_ids=segment_ids,
+      implementation=implementation,
+      **dict(knobs),
+    )
+    return _scalar(o, final), (o, final)
+
+  out = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+  (_, result), grads = out(arrays, memory, state)
+  return result, [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+
+
+def _check(knobs, with_state=False, segment_ids=None, dtype=np.float32, **sizes):
+  """Compares the interpreted kernels with the definition in float64."""
+  knobs = tuple(sorted(knobs.items()))
+  results = []
+  for implementation, wide in (("triton_gpu", False), ("reference", True)):
+    with jax.enable_x64(wide), triton_gpu.interpreted():
+      arrays, memory = op_cases.inputs(dtype=np.float32, **sizes)
+      state = op_cases.state(arrays, dict(knobs)["chunk_size"]) if with_state else None
+      arrays = (*(x.astype(dtype) for x in arrays[:4]), *arrays[4:])
+      if wide:
+        up = lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        arrays, memory, state = jax.tree.map(up, (arrays, memory, state))
+      out = _value_and_grads(arrays, memory, state, segment_ids, implementation, knobs)
+      results.append(jax.device_get(out))
+  (got, grads), (want, want_grads) = results
+  fp32 = dtype == np.float32
+  assert op_cases.distance(got, want) <= (FORWARD if fp32 else BF16)
+  for x, y in zip(grads, want_grads, strict=True):
+    assert op_cases.distance(x, y) <= (GRADIENT if fp32 else BF16)
+
+
+def _packed(t):
+  """Segment ids [2, t]: restarts inside chunks and blocks, padding in front, between and behind."""
+  rows = ([1] * 5 + [0] * 3 + [2] * 64 + [3] * 14, [0] * 4 + [7] * 73 + [8] * 17 + [9] * 9)
+  return jnp.asarray([r + [0] * (t - len(r)) for r in rows], jnp.int32)
+
+
+SMALL = dict(h=2, d=64, v=128, m=32)
+
+
+def test_one_document_of_an_odd_length():
+  _check(dict(chunk_size=64), t=101, **SMALL)
+
+
+@pytest.mark.parametrize("chunk_size", [16, pytest.param(32, marks=pytest.mark.slow)])
+def test_segments_and_a_state_entered_midway(chunk_size):
+  knobs = dict(chunk_size=chunk_size, outer_gradient=0.5, phi="l2_silu", f="silu")
+  _check(knobs, with_state=True, segment_ids=_packed(113), t=113, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize("d, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("chunk_size", [16, 32, 64])
+def test_every_shape(chunk_size, d, v, m):
+  _check(dict(chunk_size=chunk_size), t=130, h=1, d=d, v=v, m=m)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("phi", NAMES)
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_every_activation_with_segments_and_a_state(chunk_size, phi, rho):
+  at = NAMES.index(phi)
+  knobs = dict(phi=phi, f=NAMES[(at + 1) % 4], phi_out=NAMES[(at + 2) % 4], eps=1e-3)
+  knobs |= dict(chunk_size=chunk_size, outer_gradient=rho)
+  _check(knobs, with_state=True, segment_ids=_packed(113), t=113, **SMALL)
+
+
+@pytest.mark.parametrize("chunk_size", [pytest.param(16, marks=pytest.mark.slow), 64])
+def test_bf16_operands(chunk_size):
+  _check(dict(chunk_size=chunk_size), dtype=jnp.bfloat16, t=128, **SMALL)
+
+
+@pytest.mark.parametrize("at", [7, pytest.param(64, marks=pytest.mark.slow)])
+def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
+  arrays, memory = op_cases.inputs(t=100, dtype=np.float32, b=1, **SMALL)
+  run = functools.partial(trellis, implementation="triton_gpu", chunk_size=32)
+
+  def whole(arrays):
+    o, state = run(*arrays, initial_memory=memory)
+    return _scalar(o, state), (o, state)
+
+  def parts(arrays):
+    first, rest = (jax.tree.map(lambda x: x[:, s], arrays) for s in (slice(at), slice(at, None)))
+    o, state = run(*first, initial_memory=memory)
+    more, state = run(*rest, initial_state=state)
+    o = jnp.concatenate([o, more], axis=1)
+    return _scalar(o, state), (o, state)
+
+  with triton_gpu.interpreted():
+    (_, want), want_grads = jax.jit(jax.value_and_grad(whole, has_aux=True))(arrays)
+    (_, got), grads = jax.jit(jax.value_and_grad(parts, has_aux=True))(arrays)
+  assert op_cases.distance(got, want) <= FORWARD
+  assert op_cases.distance(grads, want_grads) <= GRADIENT
+
+
+def test_erasing_gates_and_tiny_decays():
+  arrays, memory = op_cases.inputs(t=70, b=1, dtype=np.float32, **SMALL)
+  gates = np.array(arrays[4])
+  gates[:, ::7], gates[:, 3::5] = -np.inf, np.log(1e-6)
+  arrays = (*arrays[:4], jnp.asarray(gates), arrays[5])
+  knobs = (("chunk_size", 16),)
+  want = _value_and_grads(arrays, memory, None, None, "reference", knobs)
+  with triton_gpu.interpreted():
+    got = _value_and_grads(arrays, memory, None, None, "triton_gpu", knobs)
+  assert op_cases.distance(got[0], want[0]) <= FORWARD
+  assert op_cases.distance(got[1], want[1]) <= GRADIENT
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_equal_the_op_s(name, dtype):
+  rng = np.random.default_rng(0)
+  z, a, ct = (jnp.asarray(rng.normal(size=(16, 64)), jnp.float32) for _ in range(3))
+  with triton_gpu.interpreted():
+    plan = Plan.of(Spec().check(), dtype, False)
+  eps = 1e-2
+  got = (
+    _triton_activations.apply(plan, name, z, eps),
+    _triton_activations.vjp(plan, name, z, ct, eps)[1],
+    _triton_activations.inner_gradient(plan, name, z, a, eps),
+    *_triton_activations.inner_gradient_vjp(plan, name, z, a, ct, eps),
+  )
+  u = activations.inner_gradient(name, z, a, eps)
+  want = (
+    activations.apply(name, z, eps),
+    activations.vjp(name, z, ct, eps),
+    u,
+    u,
+    *activations.inner_gradient_vjp(name, z, a, ct, eps),
+  )
+  assert op_cases.distance(got, want) <= 5e-6
+
+
+@pytest.mark.parametrize("with_runs", [False, True])
+def test_decays_equal_the_op_s(with_runs):
+  rng = np.random.default_rng(0)
+  log_beta = np.float32(-50 * rng.random((2, 3, 128)) ** 8)
+  log_beta[:, 1, 5::11] = -np.inf
+  run, entry, runs = None, jnp.zeros((2,), jnp.int32), None
+  if with_runs:
+    run = jnp.asarray(np.cumsum(rng.random((2, 128)) < 0.03, axis=1), jnp.int32)
+  got = _triton_decays.of(jnp.asarray(log_beta), run, 64)
+  for i in range(2):
+    part = jnp.asarray(log_beta[:, :, 64 * i : 64 * (i + 1)])
+    if with_runs:
+      entry = run[:, 63] if i else entry
+      runs = decay.Runs.of(run[:, 64 * i : 64 * (i + 1)], entry)
+    carry, pair = decay.within(part, runs)
+    end, total = decay.to_end(part, runs)
+    np.testing.assert_allclose(got.carry[:, :, i], carry, rtol=2e-5, atol=1e-30)
+    np.testing.assert_allclose(got.end()[:, :, i], end, rtol=2e-5, atol=1e-30)
+    np.testing.assert_allclose(got.carry[:, :, i, -1], total, rtol=2e-5, atol=1e-30)
+    first = jnp.argmax(pair > 0, axis=-1)
+    # What a token sees begins where the decay is not zero, but for decays too small for a float.
+    assert np.all(np.asarray(got.first[:, :, i] <= first))
+    if with_runs:
+      np.testing.assert_array_equal(got.entered[:, 0, i], runs.entered)
+
+
+def _gpu(count=1):
+  """A mesh of GPUs that are not there."""
+  device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+  return AbstractMesh((count,), ("data",), (AxisType.Explicit,), abstract_device=device)
+
+
+def _lower(f, *args, count=1):
+  with jax.sharding.use_abstract_mesh(_gpu(count)):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _shapes(dtype, b=2, t=192, h=2, d=64, v=64, m=64):
+  array = jax.ShapeDtypeStruct
+  tokens = [array((b, t, h, width), dtype) for width in (d, d, v, m)]
+  return (*tokens, *[array((b, t, h), jnp.float32)] * 2)
+
+
+def _loss(x, segment_ids=None, **knobs):
+  o, _ = trellis(*x, segment_ids=segment_ids, implementation="triton_gpu", **knobs)
+  return jnp.sum(o.astype(jnp.float32) ** 2)
+
+
+def _launches(text):
+  return re.findall(r'name = "(trellis_\w+)"', text)
+
+
+FORWARD_KERNELS = ["trellis_evolve", "trellis_read"]
+BACKWARD_KERNELS = ["trellis_read_backward", "trellis_evolve_backward", "trellis_writes_backward"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lowers_for_cuda_to_two_launches_and_three_more_for_the_gradient(dtype):
+  loss = functools.partial(_loss, chunk_size=16)
+  assert _launches(_lower(loss, _shapes(dtype))) == FORWARD_KERNELS
+  text = _lower(jax.grad(loss), _shapes(dtype))
+  assert _launches(text) == FORWARD_KERNELS + BACKWARD_KERNELS
+
+
+def test_remat_runs_the_forward_kernels_again():
+  loss = functools.partial(_loss, chunk_size=64)
+  for forwards, f in ((1, loss), (2, jax.checkpoint(loss))):
+    names = _launches(_lower(jax.value_and_grad(f), _shapes(jnp.bfloat16)))
+    assert [names.count(name) for name in FORWARD_KERNELS] == [forwards] * 2
+    assert [names.count(name) for name in BACKWARD_KERNELS] == [1] * 3
+
+
+def test_supports_says_every_reason():
+  shapes = backends.Shapes(B=1, T=8, H=1, D=48, V=64, M=16, dtype="float16")
+  reason = triton_gpu.supports(Spec(phi="softmax", chunk_size=8).check(), shapes)
+  for part in ("platform is cpu", "D is 48", "M is 16", "chunk_size is 8", "float16", "phi is"):
+    assert part in reason
+  assert "V is" not in reason
+  arrays, _ = op_cases.inputs(d=64, v=64, m=64, dtype=np.float32)
+  with pytest.raises(ValueError, match=r"triton_gpu.*platform is cpu"):
+    trellis(*arrays, implementation="triton_gpu")
