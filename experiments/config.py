@@ -8,7 +8,7 @@ import difflib
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -20,21 +20,26 @@ from trellis_jax import LMConfig
 
 DEFAULT = pathlib.Path(__file__).parent / "configs" / "default.py"
 
-_POSITIVE = (lambda x: x >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "at least 0")
-_ABOVE_ZERO = (lambda x: 0 < x < math.inf, "above 0")
-_RULES = {
-  **dict.fromkeys(("steps", "batch_size", "seq_len", "grad_accum"), _POSITIVE),
-  **dict.fromkeys(("model.width", "model.num_layers", "model.num_heads"), _POSITIVE),
-  **dict.fromkeys(("checkpoint.every", "checkpoint.keep", "eval.batches"), _POSITIVE),
-  **dict.fromkeys(("log.every", "profile.steps"), _POSITIVE),
-  **dict.fromkeys(("optim.peak_lr", "optim.eps"), _ABOVE_ZERO),
-  **dict.fromkeys(("optim.weight_decay", "optim.clip", "optim.z_loss"), _NOT_NEGATIVE),
-  **dict.fromkeys(("optim.warmup_steps", "optim.decay_steps", "eval.every"), _NOT_NEGATIVE),
-  **dict.fromkeys(("data.align", "model.mlp_width"), _NOT_NEGATIVE),
+POSITIVE = (lambda x: x >= 1, "at least 1")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "at least 0")
+ABOVE_ZERO = (lambda x: 0 < x < math.inf, "above 0")
+# Of the optimiser, for every config that has one.
+OPTIM_RULES = {
+  **dict.fromkeys(("optim.peak_lr", "optim.eps"), ABOVE_ZERO),
+  **dict.fromkeys(("optim.weight_decay", "optim.clip"), NOT_NEGATIVE),
+  **dict.fromkeys(("optim.warmup_steps", "optim.decay_steps"), NOT_NEGATIVE),
   **dict.fromkeys(("optim.b1", "optim.b2"), (lambda x: 0 <= x < 1, "at least 0 and below 1")),
   "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
   "optim.end_lr_ratio": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+}
+_RULES = {
+  **OPTIM_RULES,
+  **dict.fromkeys(("steps", "batch_size", "seq_len", "grad_accum"), POSITIVE),
+  **dict.fromkeys(("model.width", "model.num_layers", "model.num_heads"), POSITIVE),
+  **dict.fromkeys(("checkpoint.every", "checkpoint.keep", "eval.batches"), POSITIVE),
+  **dict.fromkeys(("log.every", "profile.steps"), POSITIVE),
+  **dict.fromkeys(("optim.z_loss", "eval.every"), NOT_NEGATIVE),
+  **dict.fromkeys(("data.align", "model.mlp_width"), NOT_NEGATIVE),
   "profile.start": (lambda x: x == -1 or x >= 1, "a step, or -1 for no profile"),
 }
 _CHOICES = {
@@ -71,20 +76,31 @@ def parse(argv: list[str]) -> ConfigDict:
 
 def check(cfg: ConfigDict) -> None:
   """Raises UserError for the first field whose value no run could have."""
-  for name, (accepts, words) in _RULES.items():
+  check_fields(cfg, _RULES, _CHOICES)
+  if not cfg.workdir:
+    raise UserError("config.workdir is empty, but it must name a folder, such as runs/default")
+
+
+def check_fields(cfg: ConfigDict, rules: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
+  """Raises UserError for the first field that breaks its rule, or that a schedule has no room for.
+
+  Args:
+    cfg: a config with `steps` and a section `optim`.
+    rules: (what accepts a value, words for that) by dotted name.
+    choices: accepted values by dotted name.
+  """
+  for name, (accepts, words) in rules.items():
     if not accepts(value := _lookup(cfg, f"config.{name}")):
       raise UserError(f"config.{name} = {value} is given, but it must be {words}")
-  for name, choices in _CHOICES.items():
-    if (value := _lookup(cfg, f"config.{name}")) not in choices:
-      raise UserError(f"config.{name} = {value!r} is given; accepted are {', '.join(choices)}")
+  for name, accepted in choices.items():
+    if (value := _lookup(cfg, f"config.{name}")) not in accepted:
+      raise UserError(f"config.{name} = {value!r} is given; accepted are {', '.join(accepted)}")
   for name in ("warmup_steps", "decay_steps")[: 1 + (cfg.optim.schedule == "wsd")]:
     if cfg.optim[name] > cfg.steps:
       raise UserError(
         f"config.optim.{name} = {cfg.optim[name]} is given, but it must be at most "
         f"config.steps = {cfg.steps}"
       )
-  if not cfg.workdir:
-    raise UserError("config.workdir is empty, but it must name a folder, such as runs/default")
 
 
 def lm_config(cfg: ConfigDict, vocab_size: int) -> LMConfig:

@@ -1,0 +1,60 @@
+"""Forecasts of a series: the Trellis forecaster at look-back 96, horizon 96.
+
+    python -m experiments.series.main --config=experiments/configs/series/default.py \\
+      --config.data.path=FILE.csv --config.horizon=192
+"""
+
+import dataclasses
+
+import ml_collections
+
+from trellis_jax import mixers
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """All fields of a run, with their units."""
+  cfg = ml_collections.ConfigDict()
+  cfg.seed = 0  # of the initial parameters, of dropout and of the order of the windows
+  cfg.results = "runs/series.jsonl"  # where the run's line goes; "" = nowhere
+  cfg.lookback = 96  # rows that a forecast sees
+  cfg.horizon = 96  # rows that it forecasts
+  cfg.steps = 1000  # updates at most
+  cfg.batch_size = 32  # windows per update
+  cfg.loss = "mse"  # "mse", "mae" or "huber"
+
+  cfg.data = ml_collections.ConfigDict()
+  cfg.data.path = ""  # a CSV: dates, then one column per channel
+  cfg.data.rows = ""  # "train,validation,test" rows; "" = what the protocol says of the file's name
+  cfg.data.columns = ""  # names of the channels, separated by commas; "" = all
+
+  cfg.model = ml_collections.ConfigDict()
+  cfg.model.mixer = "trellis"  # a name, or a pattern over the layers
+  cfg.model.tokens = "channels"  # "channels" or "patches"
+  cfg.model.patch = 16  # rows of a patch
+  cfg.model.stride = 8  # rows between the starts of patches
+  cfg.model.period = 0  # rows of the learned cycle; 0 = those of a day, 1 = none
+  cfg.model.width = 64  # features
+  cfg.model.num_layers = 2  # 0 = the linear path alone
+  cfg.model.num_heads = 2
+  cfg.model.mlp_width = 128  # features
+  cfg.model.dropout = 0.0  # rate before the output map
+  for name in mixers.names():  # each mixer's knobs, documented in trellis_jax/mixers/NAME.py
+    cfg.model[name] = ml_collections.ConfigDict(dataclasses.asdict(mixers.get(name).Config()))
+  cfg.model.trellis.num_slots = 16
+
+  cfg.optim = ml_collections.ConfigDict()
+  cfg.optim.peak_lr = 1e-3
+  cfg.optim.end_lr_ratio = 0.05  # last learning rate / peak
+  cfg.optim.schedule = "cosine"  # after the warm-up: "cosine", "linear", "wsd" (stay, then decay)
+  cfg.optim.warmup_steps = 50  # updates
+  cfg.optim.decay_steps = 200  # updates of wsd's decay; the other schedules decay all along
+  cfg.optim.b1 = 0.9
+  cfg.optim.b2 = 0.95
+  cfg.optim.eps = 1e-8
+  cfg.optim.weight_decay = 0.1  # per unit of learning rate, on matrices only
+  cfg.optim.clip = 1.0  # global gradient norm; 0 = no clipping
+
+  cfg.eval = ml_collections.ConfigDict()
+  cfg.eval.every = 100  # steps between evaluations on the validation split
+  cfg.eval.patience = 5  # evaluations without a better one that end the run
+  return cfg

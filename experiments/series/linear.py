@@ -1,0 +1,96 @@
+"""Forecasts without training: the last value again, and the best linear map in closed form.
+
+A linear map reads a channel's window v = [x_1 ... x_L, 1] or, `centred`, [x - mean x] and adds the
+mean again. All channels share it. With V the windows of all train channels and Y what follows,
+
+  W = (V^T V + lambda tr(V^T V) / L I)^-1 V^T Y,     lambda the best of RIDGES on validation.
+
+The plain map is DLinear's hypothesis space (Zeng et al. 2023: trend and remainder are linear in x,
+so their two maps are one), the centred one NLinear's: it follows a shift of the level.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.series.data import Series
+
+RIDGES = (1e-6, 1e-3, 1e-2)
+_ROWS = 4096  # windows at a time
+
+
+class Errors(NamedTuple):
+  """Means over windows, horizon and channels of standardised values."""
+
+  mse: float
+  mae: float
+
+
+def repeat_last(series: Series, split: str, lookback: int, horizon: int) -> Errors:
+  """Errors of the forecast that repeats a window's last row."""
+  return _errors(series, split, lookback, horizon, lambda x: x[:, -1:, :])
+
+
+class Linear(NamedTuple):
+  """A fitted map: forecast = x W (+ bias), or mean x + (x - mean x) W when centred."""
+
+  weights: np.ndarray  # [L, horizon]
+  bias: np.ndarray  # [horizon]
+  centred: bool
+  ridge: float
+
+  def __call__(self, x: np.ndarray) -> np.ndarray:
+    """Forecasts [B, horizon, N] of windows [B, L, N]."""
+    mean = x.mean(1, keepdims=True) if self.centred else 0.0
+    y = np.swapaxes(x - mean, 1, 2) @ self.weights + self.bias[None, None]
+    return np.swapaxes(y, 1, 2) + mean
+
+  def errors(self, series: Series, split: str) -> Errors:
+    """Errors on a split."""
+    return _errors(series, split, *self.weights.shape, self)
+
+
+def fit(
+  series: Series, lookback: int, horizon: int, *, centred: bool = False, ridges=RIDGES
+) -> Linear:
+  """The least-squares map of the train windows; the ridge is chosen on validation."""
+  starts = series.starts("train", lookback, horizon)
+  gram, cross = 0.0, 0.0
+  for x, y in _windows(series.values, starts, lookback, horizon):
+    mean = x.mean(1, keepdims=True) if centred else np.float32(0)
+    v = np.swapaxes(x - mean, 1, 2).reshape(-1, lookback).astype(np.float64)
+    v = np.pad(v, ((0, 0), (0, 1)), constant_values=0.0 if centred else 1.0)
+    gram = gram + v.T @ v
+    cross = cross + v.T @ np.swapaxes(y - mean, 1, 2).reshape(-1, horizon)
+  unit = np.trace(gram[:-1, :-1]) / lookback
+  penalty = np.eye(lookback + 1) * unit
+  penalty[-1, -1] = 1.0 if centred else 0.0  # a bias is not shrunk; a centred map has none
+  fitted = []
+  for ridge in ridges:
+    shrink = penalty * ridge
+    shrink[-1, -1] = penalty[-1, -1]
+    w = np.linalg.solve(gram + shrink, cross)
+    fitted.append(Linear(w[:-1], w[-1], centred, ridge))
+  if len(fitted) == 1:
+    return fitted[0]
+  return min(fitted, key=lambda m: m.errors(series, "validation").mse)
+
+
+def _windows(values: np.ndarray, starts: np.ndarray, lookback: int, horizon: int):
+  """Yields (x [B, L, N], y [B, horizon, N])."""
+  view = np.lib.stride_tricks.sliding_window_view(values, lookback + horizon, axis=0)
+  step = max(1, _ROWS // values.shape[1])
+  for i in range(0, len(starts), step):
+    windows = np.swapaxes(view[starts[i] : starts[min(i + step, len(starts)) - 1] + 1], 1, 2)
+    yield windows[:, :lookback], windows[:, lookback:]
+
+
+def _errors(series: Series, split: str, lookback: int, horizon: int, forecast) -> Errors:
+  squared = absolute = count = 0.0
+  starts = series.starts(split, lookback, horizon)
+  for x, y in _windows(series.values, starts, lookback, horizon):
+    error = (forecast(x) - y).astype(np.float64)
+    squared += float(np.sum(error * error))
+    absolute += float(np.sum(np.abs(error)))
+    count += error.size
+  return Errors(squared / count, absolute / count)
