@@ -92,14 +92,12 @@ def _origin(begin: float, command: str) -> dict[str, Any]:
   }
 
 
-def append(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
-  """Adds lines to a results file, in the place of earlier ones of the same run."""
+def append(path: pathlib.Path, lines: list[dict[str, Any]], drop=()) -> None:
+  """Adds lines to a results file, in the place of earlier ones of the same run and of `drop`."""
   key = lambda line: (line["labels"], line["seed"], line["settings"])
-  old = metrics.read(path) if path.exists() else []
-  new = [key(line) for line in lines]
-  kept = [line for line in old if key(line) not in new]
-  text = "".join(json.dumps(line) + "\n" for line in [*kept, *lines])
-  provenance.write(path, text)
+  old, new = metrics.read(path) if path.exists() else [], [key(line) for line in lines]
+  kept = [line for line in old if key(line) not in new and line not in drop]
+  provenance.write(path, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
 
 
 def main(argv: list[str]) -> int:
