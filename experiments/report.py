@@ -25,11 +25,11 @@ import rich.progress
 import rich.table
 from flax import nnx
 
-from experiments import checkpoint, config, metrics, plots, provenance, tokenise, train
+from experiments import config, metrics, plots, provenance, tokenise, train
 from experiments import mesh as mesh_lib
 from experiments.console import si
 from experiments.errors import UserError
-from experiments.evals import baselines, perplexity
+from experiments.evals import baselines, perplexity, runs
 from trellis_jax import LM, generate, inspect
 
 SPLIT = "test"
@@ -43,18 +43,9 @@ def open_run(cfg: ml_collections.ConfigDict) -> tuple[train.Job, Any]:
   Raises:
     ValueError: there is no checkpoint, or another run's, or the config or the data are bad.
   """
-  config.check(cfg)
-  if cfg.distributed.enabled:
-    raise UserError("config.distributed.enabled = True is given, but a report is one process")
   if task := cfg.data.task:
     raise UserError(f"config.data.task = {task!r} is given, but a report is on text")
-  if checkpoint.latest_step(pathlib.Path(cfg.workdir).expanduser()) is None:
-    raise UserError(
-      f"{cfg.workdir} holds no checkpoint; `python -m experiments.main` with the same flags trains"
-    )
-  job = train.prepare(cfg)
-  abstract = train.build(job).abstract.params
-  return job, checkpoint.restore(job.workdir, job.start, params=abstract)["params"]
+  return runs.open_run(cfg)
 
 
 def evaluate(
@@ -256,7 +247,7 @@ def run(job: train.Job, params: Any, max_tokens: int) -> dict[str, Any]:
     totals = evaluate(job, params, max_tokens, console)
     report = measure(job, totals, max_tokens)
     show(report, console)
-    lm = nnx.merge(nnx.split(job.lm, nnx.Param)[0], params)
+    lm = runs.model(job, params)
     report["sample"] = sample(job, lm, console)
     written = draw(job, lm, report)
   report["plots"] = [str(path.relative_to(job.workdir)) for path in written]

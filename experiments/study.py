@@ -51,7 +51,8 @@ def settings(cfg) -> dict[str, Any]:
   others = [k for k, v in model.items() if isinstance(v, dict) and k not in pattern]
   for name in others:  # knobs of mixers that the model does not have
     model.pop(name)
-  fields["data"].pop("cache")
+  for name in {*tasks.names(), "cache"} - {cfg.data.task}:  # nor of other tasks
+    fields["data"].pop(name, None)
   return fields
 
 

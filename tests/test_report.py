@@ -243,7 +243,7 @@ def test_averages():
     (["--config.workdir={home}/broken"], "checkpoints/4 cannot be read"),
     (["--config.model.widht=32"], "did you mean config.model.width?"),
     (["--config.data.path={home}/nowhere"], "nowhere' does not exist"),
-    (["--config.distributed.enabled=True"], "a report is one process"),
+    (["--config.distributed.enabled=True"], "an evaluation is one process"),
     (["--config.data.task=mqar"], "config.data.task = 'mqar' is given, but a report is on text"),
     (["--config.mesh.data=3"], "whose product must be the 1 devices here"),
     (["--max_tokens=many"], "--max_tokens=many is given, but it must be an integer >= 0"),

@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.grad_accum = 1  # microbatches per update; memory falls with it, the result does not change
 
   cfg.data = ml_collections.ConfigDict()
-  cfg.data.task = ""  # "" = text; "mqar", a synthetic task of experiments/tasks
+  cfg.data.task = ""  # "" = text; a synthetic task of experiments/tasks, such as "mqar"
   cfg.data.path = ""  # "" = the standard library; a folder, files, .jsonl(.gz/.zst) or token files
   cfg.data.text_field = "text"  # of a .jsonl record
   cfg.data.tokenizer = "bpe"  # "bpe" (trained on the corpus), "byte", or a tokenizer.json
@@ -41,6 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.mqar.train_examples = 100_000  # rows, then they come again in another order
   cfg.data.mqar.held_out_examples = 3_000  # rows of the validation and of the test split
   cfg.data.mqar.seed = 0  # of all examples, whatever the run's seed
+  cfg.data.mqar_mix = ml_collections.ConfigDict()  # recall at several lengths, tasks/mqar_mix.py
+  cfg.data.mqar_mix.vocab_size = 8192  # tokens
+  cfg.data.mqar_mix.settings = "64x4*100000,128x8*20000,256x16*20000,256x32*20000,256x64*20000"
+  cfg.data.mqar_mix.blanks = 0  # tokens before the first pair of an example
+  cfg.data.mqar_mix.noise = True  # uniform random tokens take the place of all blank ones
+  cfg.data.mqar_mix.power = 0.01  # see data.mqar
+  cfg.data.mqar_mix.held_out_examples = 1_000  # of each setting, in either held-out split
+  cfg.data.mqar_mix.seed = 0  # of all examples, whatever the run's seed
 
   cfg.model = ml_collections.ConfigDict()
   cfg.model.mixer = "trellis"  # a name, or a pattern over the layers: "trellis,trellis,attention"

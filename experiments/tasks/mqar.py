@@ -135,9 +135,14 @@ class Rows:
 
   def blank(self) -> dict[str, np.ndarray]:
     """A row of padding."""
-    return {
-      "tokens": np.full(self.seq_len, BLANK, np.int32),
-      "targets": np.full(self.seq_len, BLANK, np.int32),
-      "segment_ids": np.zeros(self.seq_len, np.int32),
-      "weights": np.zeros(self.seq_len, np.float32),
-    }
+    return blank(self.seq_len)
+
+
+def blank(seq_len: int) -> dict[str, np.ndarray]:
+  """A row of padding."""
+  return {
+    "tokens": np.full(seq_len, BLANK, np.int32),
+    "targets": np.full(seq_len, BLANK, np.int32),
+    "segment_ids": np.zeros(seq_len, np.int32),
+    "weights": np.zeros(seq_len, np.float32),
+  }

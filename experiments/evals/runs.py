@@ -1,0 +1,77 @@
+"""A trained run, opened for an evaluation."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from flax import nnx
+
+from experiments import checkpoint, config, train
+from experiments.errors import UserError
+from trellis_jax import LM
+
+
+def open_run(cfg: ml_collections.ConfigDict) -> tuple[train.Job, Any]:
+  """The run of a config and the parameters of its newest checkpoint, on this machine's mesh.
+
+  Raises:
+    ValueError: there is no checkpoint, or another run's, or the config or the data are bad.
+  """
+  config.check(cfg)
+  if cfg.distributed.enabled:
+    raise UserError("config.distributed.enabled = True is given, but an evaluation is one process")
+  if checkpoint.latest_step(pathlib.Path(cfg.workdir).expanduser()) is None:
+    raise UserError(
+      f"{cfg.workdir} holds no checkpoint; `python -m experiments.main` with the same flags trains"
+    )
+  job = train.prepare(cfg)
+  abstract = train.build(job).abstract.params
+  return job, checkpoint.restore(job.workdir, job.start, params=abstract)["params"]
+
+
+def model(job: train.Job, params: Any) -> LM:
+  """The run's model with these parameters."""
+  return nnx.merge(nnx.split(job.lm, nnx.Param)[0], params)
+
+
+def command(
+  argv: Sequence[str],
+  doc: str,
+  defaults: Mapping[str, str],
+  evaluate: Callable[[ml_collections.ConfigDict, argparse.Namespace], None],
+) -> int:
+  """Runs `evaluate(config, flags)` for a command line of --NAME=VALUE and config flags.
+
+  Args:
+    argv: the command line, its program first.
+    doc: what --help prints.
+    defaults: the flags besides the config's, and their values when not given.
+    evaluate: may raise ValueError or FileNotFoundError for a mistake of the caller.
+
+  Returns:
+    The exit code: 2 for a mistake, which is one sentence on stderr.
+  """
+  if {"--help", "-h"} & set(argv):
+    print(doc)
+    return 0
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  for name, value in defaults.items():
+    parser.add_argument(f"--{name}", default=value, nargs="?", const="")
+  given, rest = parser.parse_known_args(list(argv))
+  try:
+    evaluate(config.parse(rest), given)
+  except (ValueError, FileNotFoundError) as e:
+    print("error:", " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  return 0
+
+
+def integer(given: argparse.Namespace, name: str, least: int = 0) -> int:
+  """A flag's value, an integer of at least `least`."""
+  text = getattr(given, name)
+  if not text.isdecimal() or int(text) < least:
+    raise UserError(f"--{name}={text} is given, but it must be an integer >= {least}")
+  return int(text)
