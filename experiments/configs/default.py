@@ -49,6 +49,16 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.mqar_mix.power = 0.01  # see data.mqar
   cfg.data.mqar_mix.held_out_examples = 1_000  # of each setting, in either held-out split
   cfg.data.mqar_mix.seed = 0  # of all examples, whatever the run's seed
+  cfg.data.niah = ml_collections.ConfigDict()  # needles in haystacks, see tasks/niah.py
+  cfg.data.niah.kinds = "niah_single_1"  # names, separated by commas; samples take turns
+  cfg.data.niah.haystack = ""  # a text for kinds 2 and 3: a folder, files, as data.path
+  cfg.data.niah.words = ""  # a folder with adjectivelist.txt and nounlist.txt; "" = our own
+  cfg.data.niah.tokenizer = "byte"  # or a tokenizer.json
+  cfg.data.niah.min_length = 512  # tokens of the shortest samples; the longest fill a row
+  cfg.data.niah.answer_only = True  # whether the answers' tokens alone count in the loss
+  cfg.data.niah.train_examples = 100_000  # rows, then they come again in another order
+  cfg.data.niah.held_out_examples = 500  # rows of the validation and of the test split
+  cfg.data.niah.seed = 0  # of all examples, whatever the run's seed
 
   cfg.model = ml_collections.ConfigDict()
   cfg.model.mixer = "trellis"  # a name, or a pattern over the layers: "trellis,trellis,attention"

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from experiments import loss
 
@@ -84,25 +84,37 @@ def buckets(segment_ids: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
   return found.astype(np.int32)
 
 
-def token_nll(
+def token_scores(
   hidden: Float[Array, "B T W"], kernel: Float[Array, "W vocab"], targets: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-  """-log softmax(hidden @ kernel)[target] in nats, fp32; one chunk's logits exist at a time."""
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+  """-log softmax(hidden @ kernel)[target] in nats, fp32, and whether the target is the likeliest.
+
+  One chunk's logits exist at a time.
+  """
   batch, seq_len = targets.shape
   chunk = loss.chunk_length(batch, seq_len)
   pad = -seq_len % chunk
   split = lambda x: jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :seq_len]
   kernel = kernel.astype(jnp.float32)
 
   def one_chunk(xs):
     h, target = xs
     logits = h.astype(jnp.float32) @ kernel
     at_target = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - at_target
+    nll = jax.nn.logsumexp(logits, axis=-1) - at_target
+    return nll, jnp.argmax(logits, axis=-1) == target
 
   hidden = split(jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))))
-  nll = jax.lax.map(one_chunk, (hidden, split(jnp.pad(targets, ((0, 0), (0, pad))))))
-  return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :seq_len]
+  scores = jax.lax.map(one_chunk, (hidden, split(jnp.pad(targets, ((0, 0), (0, pad))))))
+  return join(scores[0]), join(scores[1])
+
+
+def token_nll(
+  hidden: Float[Array, "B T W"], kernel: Float[Array, "W vocab"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+  """The nats of `token_scores`."""
+  return token_scores(hidden, kernel, targets)[0]
 
 
 def predict(graphdef: nnx.GraphDef) -> Predict:

@@ -1,6 +1,7 @@
 """A trained run, opened for an evaluation."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from experiments import checkpoint, config, train
+from experiments import checkpoint, config, tokenise, train
 from experiments.errors import UserError
-from trellis_jax import LM
+from trellis_jax import LM, mixers
 
 
 def open_run(cfg: ml_collections.ConfigDict) -> tuple[train.Job, Any]:
@@ -32,9 +33,25 @@ def open_run(cfg: ml_collections.ConfigDict) -> tuple[train.Job, Any]:
   return job, checkpoint.restore(job.workdir, job.start, params=abstract)["params"]
 
 
-def model(job: train.Job, params: Any) -> LM:
-  """The run's model with these parameters."""
-  return nnx.merge(nnx.split(job.lm, nnx.Param)[0], params)
+def model(job: train.Job, params: Any, context: int = 0) -> LM:
+  """The run's model with these parameters; attention's caches hold at least `context` tokens."""
+  cfg, knobs = job.lm.cfg, {}
+  for name in cfg.pattern:
+    knobs[name] = dict(cfg.mixers.get(name, {}))
+    held = getattr(mixers.configure(name, knobs[name]), "cache_length", None)
+    if held is not None:
+      knobs[name]["cache_length"] = max(held, context)
+  cfg = dataclasses.replace(cfg, mixers=knobs)
+  lm = nnx.eval_shape(lambda: LM(cfg, rngs=nnx.Rngs(0)))
+  return nnx.merge(nnx.split(lm, nnx.Param)[0], params)
+
+
+def tokenizer(job: train.Job) -> tokenise.Tokenizer:
+  """The tokenizer of a run; UserError for a task that has none."""
+  found = getattr(job.dataset, "tokenizer", None) or getattr(job.dataset.config, "loaded", None)
+  if found is None:
+    raise UserError(f"config.data.task = {job.cfg.data.task!r} has no tokenizer, so no text")
+  return found
 
 
 def command(

@@ -1,0 +1,204 @@
+"""A needle in a haystack: RULER's S-NIAH 1 to 3, at any length, in any tokenizer's tokens.
+
+The needle is a line of the noise, or a sentence of the essay at one of 40 depths; experiments/
+needles.py has the words. The haystack of every sample is the longest with which prompt, prefix and
+the tokens to generate fit into the length. (The original steps by 500 words, or 25 lines, for all
+samples at once: lengths have two modes, and where not even one step fits it never ends.)
+
+As a task to train on, a row is a sample with its answer, of a length drawn evenly on a logarithmic
+scale. Sample i is drawn by a generator of its own, seeded by (seed, kind, split, i).
+"""
+
+import dataclasses
+import functools
+import uuid
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments import corpus, essays, needles, tokenise
+from experiments.errors import UserError
+
+ANSWER_BYTES = 36  # of a uuid
+
+
+class Generator:
+  """Samples of one kind by their number."""
+
+  def __init__(
+    self,
+    kind: str,
+    tokenizer: tokenise.Tokenizer,
+    *,
+    essay: essays.Essay | None = None,
+    words: tuple[list[str], list[str]] = needles.words_of(""),
+    new_tokens: int = needles.NEW_TOKENS,
+    seed: int = 0,
+    split: str = "test",
+  ):
+    """Raises UserError for an unknown kind, or one that needs an essay and has none."""
+    if kind not in needles.KINDS:
+      raise UserError(f"kind {kind!r} is unknown; accepted are {', '.join(needles.KINDS)}")
+    if needles.KINDS[kind][0] == "essay" and essay is None:
+      raise UserError(f"{kind} hides its needle in an essay, but no haystack of text is given")
+    self.kind, self.tokenizer = kind, tokenizer
+    self.essay, self.words, self.new_tokens = essay, words, new_tokens
+    self.seed = [seed, list(needles.KINDS).index(kind), corpus.SPLITS.index(split)]
+
+  def shortest(self, number: int) -> int:
+    """The length of a sample without haystack."""
+    return self._drawn(number)(0).length
+
+  def sample(self, number: int, length: int, needle: bool = True) -> needles.Sample:
+    """The sample with the most haystack in `length` tokens.
+
+    Args:
+      number: of the sample.
+      length: most tokens of prompt, prefix and what is to be generated.
+      needle: whether the answer stands in the haystack; else it is nowhere said.
+
+    Raises:
+      UserError: what is asked does not fit by itself.
+    """
+    attempt = self._drawn(number, needle)
+    best = attempt(0)
+    if best.length > length:
+      raise UserError(
+        f"length={length} is too short for {self.kind}; accepted is at least {best.length}: what"
+        f" is asked takes {best.length - self.new_tokens} tokens and the answer {self.new_tokens}"
+      )
+    # By interpolation and, every third turn, bisection: the end is near and always comes.
+    fits, too_long, turn = 0, length + 1, 0  # a unit has a token at least
+    guess = int((length - best.length) / self.tokens_per_unit)
+    while too_long - fits > 1:
+      guess = min(max(guess, fits + 1), too_long - 1)
+      found = attempt(guess)
+      if found.length <= length:
+        fits, best = guess, found
+      else:
+        too_long = guess
+      units = (length - found.length) / self.tokens_per_unit
+      turn += 1
+      guess = guess + (int(units) or (1 if units >= 0 else -1))
+      guess = (fits + too_long) // 2 if turn % 3 == 0 else guess
+    return best
+
+  def _drawn(self, number: int, needle: bool = True) -> Callable[[int], needles.Sample]:
+    """The sample as a function of how many lines or words of haystack it has."""
+    rng = np.random.default_rng([*self.seed, number])
+    key = "-".join(words[rng.integers(len(words))] for words in self.words)
+    haystack, value = needles.KINDS[self.kind]
+    digits, random_uuid = rng.integers(10**6, 10**7), uuid.UUID(bytes=rng.bytes(16), version=4)
+    answer = str(digits if value == "number" else random_uuid)
+    depth, place = int(rng.choice(needles.DEPTHS)), rng.random()
+
+    def attempt(units: int) -> needles.Sample:
+      if haystack == "noise":
+        first = int(place * units)
+        before, after = ("\n".join([needles.LINE] * n) for n in (first, units - first))
+      else:
+        before, after = self.essay.cut(units, depth)
+      prompt, prefix = needles.render(self.kind, key, answer if needle else "", before, after)
+      tokens = len(self.tokenizer.encode(prompt + prefix))
+      return needles.Sample(self.kind, prompt, prefix, answer, tokens + self.new_tokens)
+
+    return attempt
+
+  @functools.cached_property
+  def tokens_per_unit(self) -> float:
+    """About how many tokens a line of noise or a word of the essay has."""
+    units = (
+      [needles.LINE] * 8 if needles.KINDS[self.kind][0] == "noise" else self.essay.words[:2000]
+    )
+    return max(1.0, len(self.tokenizer.encode(" ".join(units))) / len(units))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The knobs of the task.
+
+  Attributes:
+    kinds: names of needles.KINDS, separated by commas; the samples take turns.
+    haystack: a text for the kinds that need one, see corpus.open_corpus.
+    words: a folder of lists that keys are made of; "" is our own, see needles.words_of.
+    tokenizer: "byte", or the path of a tokenizer.json.
+    min_length: tokens of the shortest samples; the longest fill a row.
+    answer_only: whether the answers' tokens alone are learned, or the texts too.
+    train_examples: rows of the train split.
+    held_out_examples: rows of the validation split, and of the test split.
+    seed: of all examples.
+  """
+
+  kinds: str
+  haystack: str
+  words: str
+  tokenizer: str
+  min_length: int
+  answer_only: bool
+  train_examples: int
+  held_out_examples: int
+  seed: int
+
+  def __post_init__(self):
+    """Raises UserError for the first knob that does not fit."""
+    for name in ("min_length", "train_examples", "held_out_examples"):
+      if getattr(self, name) < 1:
+        raise UserError(f"data.niah.{name}={getattr(self, name)}; accepted is at least 1")
+    if self.seed < 0:
+      raise UserError(f"data.niah.seed={self.seed}; accepted is at least 0")
+
+  @functools.cached_property
+  def loaded(self) -> tokenise.Tokenizer:
+    """The tokenizer."""
+    return tokenise.ByteTokenizer() if self.tokenizer == "byte" else tokenise.load(self.tokenizer)
+
+  @property
+  def vocab_size(self) -> int:
+    return self.loaded.vocab_size
+
+
+class Rows:
+  """Random access to a split's samples, each in a row of T tokens with its answer."""
+
+  def __init__(self, config: Config, split: str, seq_len: int):
+    """Raises UserError when no sample fits into a row, or what samples are made of is missing."""
+    self.config, self.seq_len, self.tokenizer = config, seq_len, config.loaded
+    essay = essays.load(config.haystack) if config.haystack else None
+    knobs = dict(essay=essay, words=needles.words_of(config.words), seed=config.seed, split=split)
+    self.generators = [
+      # Room for " ANSWER." and the end; a token has a byte at least.
+      Generator(kind.strip(), self.tokenizer, new_tokens=ANSWER_BYTES + 3, **knobs)
+      for kind in config.kinds.split(",")
+    ]
+    self.split = corpus.SPLITS.index(split)
+    self.length = config.train_examples if split == "train" else config.held_out_examples
+    for generator in self.generators:
+      generator.sample(0, seq_len)
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    c, tokenizer = self.config, self.tokenizer
+    generator = self.generators[row % len(self.generators)]
+    share = np.random.default_rng([c.seed, self.split, row]).random()
+    least = min(max(c.min_length, generator.shortest(row)), self.seq_len)
+    sample = generator.sample(row, round(least ** (1 - share) * self.seq_len**share))
+    question = tokenizer.encode(sample.prompt + sample.prefix)
+    answer = [*tokenizer.encode(f" {sample.answer}."), tokenizer.eos_id]
+    stream = np.array([tokenizer.bos_id, *question, *answer], np.int32)
+    result, used = self.blank(), len(stream) - 1
+    result["tokens"][:used], result["targets"][:used] = stream[:-1], stream[1:]
+    result["segment_ids"][:used] = 1
+    result["weights"][used - len(answer) if c.answer_only else 0 : used] = 1
+    return result
+
+  def blank(self) -> dict[str, np.ndarray]:
+    """A row of padding."""
+    end = self.tokenizer.eos_id
+    return {
+      "tokens": np.full(self.seq_len, end, np.int32),
+      "targets": np.full(self.seq_len, end, np.int32),
+      "segment_ids": np.zeros(self.seq_len, np.int32),
+      "weights": np.zeros(self.seq_len, np.float32),
+    }
