@@ -1,0 +1,273 @@
+r"""The backward kernel: a row's chunks in reverse, each computed again from its saved start.
+
+With the names of `_tpu_chunk`, X the cotangent of O, a bar for every other cotangent, S' the
+memory after the chunk, and P_bar the product that a pair's cotangent is, times its decay:
+
+  values read   R_bar = carry (S_v X^T) + G_v P_bar_v^T,       P_bar_v[t,s] = -(x_t . v_s) decay
+                G_v_bar = R P_bar_v,  V_bar = -P_v^T X,        S_v_bar = (carry R) X
+  keys read     Y_bar = J_f R_bar,                             P_bar_k = -(Y_bar^T G_k) decay
+                G_k_bar = -Y_bar P_k,  Q_bar = P_bar_k K + (carry Y_bar)^T S_k,
+                K_bar = P_bar_k^T Q,   S_k_bar = (carry Y_bar) Q
+  written       G_bar -= end (S'_bar W^T),  (Z_bar, A_bar) = pullback of U at g G_bar,
+                W_bar += Z_bar^T S - (end G)^T S'_bar,  S_bar += keep S'_bar + rho Z_bar W
+
+The log decay's cotangent is, at t, sum_s of a pair's times its decay and, at s, less sum_t of it.
+Both are sums over slots of products that are there already, with the operands as the products took
+them: so what t = s adds to one is what it takes from the other.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import _tpu_chunk as chunk
+from pallas_kernels import _tpu_plan as plans
+from pallas_kernels._tpu_chunk import row
+from pallas_kernels._tpu_forward import SUBLANES, VMEM_LIMIT, blocks, packs, store
+from pallas_kernels._tpu_layout import Gate
+from pallas_kernels._tpu_plan import Plan
+from pallas_kernels._tpu_tiles import F32, NT, Tiles, each
+
+NAME = "trellis_backward"
+# (packs, chunks) of a program for each chunk length.
+SIZE = {16: (2, 1), 32: (4, 1), 64: (4, 1)}
+
+
+def _over_slots(x):
+  return jnp.sum(x, axis=0, keepdims=True)
+
+
+def _store_row(ref, at, xs):
+  """Writes the packs side by side into row `at` of a block [1, SUBLANES, lanes]."""
+  width = ref.shape[-1] // len(xs)
+  for i, x in enumerate(xs):
+    lanes = slice(i * width, (i + 1) * width)
+    before = ref[0, :, lanes]
+    here = jax.lax.broadcasted_iota(jnp.int32, before.shape, 0) == at
+    ref[0, :, lanes] = jnp.where(here, x, before)
+
+
+def _read_back(t: Tiles, x, v, values, read, gates):
+  """Cotangents of the values' read: (R_bar, G_v_bar, V_bar, gates' cotangents)."""
+  low_r, low_g = each(t.low, read.r), each(t.low, values.step)
+  x_rows = each(t.spread, x)
+  through = each(lambda s, x: t.dot(s, x, NT), values.low, x_rows)
+  pairs = each(lambda x, v, d: t.low(t.cross(x, t.low(v)) * -d), x, v, read.decay)
+  step_bar = each(t.dot, low_r, pairs)
+  within = each(lambda g, p: t.dot(g, p, NT), low_g, pairs)
+  r_bar = each(lambda y, c, w: y * c + w, through, row(gates, Gate.CARRY), within)
+  v_bar = each(lambda p, x: -t.mix(p.T, x), read.pairs_v, x)
+  decay = each(
+    lambda r, w, g, b: _over_slots(r.astype(F32) * w - g.astype(F32) * b),
+    low_r,
+    within,
+    low_g,
+    step_bar,
+  )
+  carry = each(lambda r, y: _over_slots(r * y), read.r, through)
+  fresh = None
+  if values.init is not None:
+    renewed = each(lambda s, x: t.dot(s, x, NT), values.init, x_rows)
+    fresh = each(lambda r, y: _over_slots(r * y), read.r, renewed)
+    r_bar = each(lambda r, y, c: r + y * c, r_bar, renewed, row(gates, Gate.FRESH))
+  return x_rows, r_bar, step_bar, v_bar, (decay, carry, fresh)
+
+
+def _keys_read_back(t: Tiles, r_bar, q, k, keys, read, gates):
+  """Cotangents of the keys' read: (Y_bar, G_k_bar, Q_bar, K_bar, gates' cotangents)."""
+  y_bar = each(lambda pull, ct: pull(ct), read.pull_r, r_bar)
+  low_y, low_g = each(t.low, y_bar), each(t.low, keys.step)
+  step_bar = each(lambda y, p: -t.dot(y, p), low_y, read.pairs_k)
+  pairs = each(lambda y, g, d: t.low(t.dot(t.low(y.T), g) * -d), y_bar, low_g, read.decay)
+  carried = each(lambda y, c: t.low((y * c).T), y_bar, row(gates, Gate.CARRY))
+  q_bar = each(lambda p, k, y, s: t.mix(p, t.low(k)) + t.read(y, s), pairs, k, carried, keys.low)
+  k_bar = each(lambda p, q: t.mix(p.T, t.low(q)), pairs, q)
+  decay = each(
+    lambda y, w, g, b: -_over_slots(y.astype(F32) * w + g.astype(F32) * b),
+    low_y,
+    read.within,
+    low_g,
+    step_bar,
+  )
+  carry = each(lambda y, x: _over_slots(y * x), y_bar, read.through)
+  fresh = None
+  if keys.init is not None:
+    renewed = each(lambda y, c: t.low((y * c).T), y_bar, row(gates, Gate.FRESH))
+    q_bar = each(lambda q, y, s: q + t.read(y, s), q_bar, renewed, keys.init)
+    fresh = each(lambda y, x: _over_slots(y * x), y_bar, read.fresh)
+  return y_bar, step_bar, q_bar, k_bar, (decay, carry, fresh)
+
+
+def _write_back(t: Tiles, rho, pass_, gates, s_bar, step_bar, columns, rows, decays):
+  """Cotangents of a pass's write.
+
+  Args:
+    t, rho: tiles, outer gradient.
+    pass_: the write.
+    gates: of the packs.
+    s_bar: of the memory after the chunk.
+    step_bar: of G, from the read.
+    columns, rows: what the read made of the memory, columns and rows [L, P W] of a product.
+    decays: keep and renew, per pack.
+
+  Returns:
+    (S_bar, init_bar or None, W_bar natural, A_bar, step_bar [1, L], end_bar [1, L]).
+  """
+  low = each(t.low, s_bar)
+  pull = each(lambda s, w: t.dot(s, w, NT), low, pass_.w)
+  step_bar = each(lambda b, p, e: b - p * e, step_bar, pull, row(gates, Gate.END))
+  end = each(lambda g, p: -_over_slots(g * p), pass_.step, pull)
+  step = each(lambda u, b: _over_slots(u * b), pass_.u, step_bar)
+  bars = each(lambda f, b, g: f(b * g), pass_.pull, step_bar, row(gates, Gate.STEP))
+  z_bar = [rho * z for z, _ in bars]
+  gone = each(lambda g, e: -g * e, pass_.step, row(gates, Gate.END))
+  keep, renew = decays
+  entered = row(gates, Gate.ENTERED)
+  mine = z_bar if pass_.init is None else each(lambda z, e: z * e, z_bar, entered)
+  carried = each(lambda x, c: x * c, columns, row(gates, Gate.CARRY))
+  product = lambda x, y, z, w: t.dot(
+    jnp.concatenate([t.low(x), t.low(z)], 1), jnp.concatenate([y, w], 0)
+  )
+  s_new = each(product, carried, rows, mine, pass_.w)
+  s_new = each(lambda d, s, x: d * s + x, keep, s_bar, s_new)
+  both = each(lambda x, z: t.low(jnp.concatenate([x, z], 0).T), gone, mine)
+  memories = each(lambda b, s: jnp.concatenate([b, s], 0), low, pass_.low)
+  w_bar = each(t.read, both, memories)
+  init_bar = None
+  if pass_.init is not None:
+    fresh = each(lambda x, c: x * c, columns, row(gates, Gate.FRESH))
+    others = each(lambda z, e: z * (1 - e), z_bar, entered)
+    init_bar = each(product, fresh, rows, others, pass_.w)
+    init_bar = each(lambda d, s, x: d * s + x, renew, s_bar, init_bar)
+    w_bar = each(lambda w, z, s: w + t.read(t.low(z.T), s), w_bar, others, pass_.init)
+  return s_new, init_bar, w_bar, [a for _, a in bars], step, end
+
+
+def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
+  names = iter(refs)
+  take = lambda n: [next(names) for _ in range(n)]
+  q_ref, k_ref, v_ref, a_ref, gates_ref = take(5)
+  keep_refs, renew_refs = take(2), take(2) if restarts else None
+  init_refs = take(2) if restarts else None
+  start_refs, (o_bar_ref,), end_bar_refs, kept_bar_refs = take(2), take(1), take(2), take(2)
+  q_bar_ref, k_bar_ref, v_bar_ref, a_bar_ref, gates_bar_ref = take(5)
+  keep_bar_refs, renew_bar_refs = take(2), take(2) if restarts else None
+  s_bar_refs, init_bar_refs = take(2), take(2) if restarts else None
+  b, step = pl.program_id(0), pl.program_id(2)
+  at_chunk = plan.chunks - 1 - step
+  t, g = Tiles(plan), plan.G
+
+  @pl.when(step == 0)
+  def _():
+    for s_bar, end_bar in zip(s_bar_refs, end_bar_refs):
+      s_bar[...] = end_bar[...]
+    for init_bar in init_bar_refs or ():
+      init_bar[...] = jnp.zeros_like(init_bar)
+
+  q, k, v, a, o_bar = (packs(ref[0], g) for ref in (q_ref, k_ref, v_ref, a_ref, o_bar_ref))
+  gates = packs(gates_ref[0], g)
+  this = at_chunk % SUBLANES
+  decay = lambda refs, j: None if refs is None else packs(refs[j][0, pl.ds(this, 1)], g)
+  starts = [packs(ref[0], g) for ref in start_refs]
+  inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
+  s_bars = [packs(ref[0], g) for ref in s_bar_refs]
+  targets = chunk.load_targets(t, a)
+  keys, values = (
+    chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), starts, inits)
+  )
+  read = chunk.read(t, spec, q, k, v, gates, keys, values)
+
+  x = each(lambda pull, ct: t.low(pull(ct.astype(F32))), read.pull_o, o_bar)
+  x_rows, r_bar, step_v, v_bar, gates_v = _read_back(t, x, v, values, read, gates)
+  decays = [(decay(keep_refs, j), decay(renew_refs, j)) for j in range(2)]
+  rho = spec.outer_gradient
+  back_v = _write_back(t, rho, values, gates, s_bars[1], step_v, read.r, x_rows, decays[1])
+  y_bar, step_k, q_bar, k_bar, gates_k = _keys_read_back(t, r_bar, q, k, keys, read, gates)
+  back_k = _write_back(t, rho, keys, gates, s_bars[0], step_k, y_bar, read.q, decays[0])
+
+  whole = slice(None)
+  store(q_bar_ref, whole, q_bar)
+  store(k_bar_ref, whole, each(jnp.add, k_bar, back_k[2]))
+  store(v_bar_ref, whole, each(jnp.add, v_bar, back_v[2]))
+  a_bar = each(jnp.add, back_k[3], back_v[3])
+  store(a_bar_ref, whole, each(lambda a: t.natural(a, a_bar_ref.dtype), a_bar))
+  both = lambda x, y: None if x is None else each(jnp.add, x, y)
+  rows = {
+    Gate.LOW: [math.log(2) * x for x in both(gates_k[0], gates_v[0])],
+    Gate.STEP: both(back_k[4], back_v[4]),
+    Gate.END: both(back_k[5], back_v[5]),
+    Gate.CARRY: both(gates_k[1], gates_v[1]),
+    Gate.FRESH: both(gates_k[2], gates_v[2]),
+  }
+  none = jnp.zeros((1, plan.L), F32)
+  for i in range(g):
+    tile = [none if rows.get(r) is None else rows[r][i] for r in range(Gate.ROWS)]
+    gates_bar_ref[0, :, i * plan.L : (i + 1) * plan.L] = jnp.concatenate(tile, 0)
+  for j, s_bar in enumerate(s_bars):
+    product = lambda s, b: _over_slots(s.astype(F32) * b)
+    _store_row(keep_bar_refs[j], this, each(product, starts[j], s_bar))
+    if restarts:
+      _store_row(renew_bar_refs[j], this, each(product, inits[j], s_bar))
+  for j, (s_new, init_bar, *_) in enumerate((back_k, back_v)):
+    store(s_bar_refs[j], whole, s_new)
+    if restarts:
+      before = packs(init_bar_refs[j][0], g)
+      store(init_bar_refs[j], whole, each(jnp.add, before, init_bar))
+
+  @pl.when(last_ref[b] == at_chunk)
+  def _():
+    for s_bar, kept_bar in zip(s_bar_refs, kept_bar_refs):
+      s_bar[...] += kept_bar[...]
+
+
+def call(plan: Plan, spec, arrays, last, starts, cts):
+  """Runs the kernel.
+
+  Args:
+    plan: sizes.
+    spec: activations, their eps and the outer gradient.
+    arrays: as the forward's.
+    last: [B] the chunk of each row's last token.
+    starts: the memories at the chunks' starts, as the forward saved them.
+    cts: cotangents (o, (end_k, end_v), (kept_k, kept_v)) in the kernel's layout.
+
+  Returns:
+    Cotangents ((q, k, v, alpha, gates), keep, renew or (), start, init [B ...] or ()).
+  """
+  inputs, keep, renew, _, init = arrays
+  b, _ = inputs[0].shape[:2]
+  heads, widths = plan.heads[1], (plan.D, plan.V)
+  of = blocks(plan, lambda c: plan.chunks - 1 - c)
+  shape = jax.ShapeDtypeStruct
+  like = lambda x: shape(x.shape, x.dtype)
+  memory = [shape((b, plan.M, heads * w), F32) for w in widths]
+  tokens = [of["tokens"](w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of["gates"]]
+  decays = [of["decays"](w) for w in widths] * (2 if renew else 1)
+  memories = [of["memory"](w) for w in widths]
+  in_specs = [*tokens, *decays, *([of["init"](w) for w in widths] if init else [])]
+  in_specs += [of["starts"](w) for w in widths] + [of["tokens"](plan.V)] + memories * 2
+  out_shape = [like(x) for x in (*inputs, *keep, *renew)] + memory + (memory if init else [])
+  out_specs = [*tokens, *decays] + memories * (2 if init else 1)
+  o_bar, end_bar, kept_bar = cts
+  out = pl.pallas_call(
+    functools.partial(_kernel, plan=plan, spec=spec, restarts=bool(init)),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(b, plan.programs, plan.chunks),
+      in_specs=in_specs,
+      out_specs=out_specs,
+    ),
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    ),
+    interpret=plans.interpret(),
+    name=NAME,
+  )(last.astype(jnp.int32), *inputs, *keep, *renew, *init, *starts, o_bar, *end_bar, *kept_bar)
+  out = iter(out)
+  take = lambda n: tuple(next(out) for _ in range(n))
+  return take(5), take(2), take(len(renew)), take(2), take(len(init))

@@ -1,0 +1,168 @@
+"""The forward kernel: chunks one after the other, both passes of a chunk at once.
+
+Grid (rows, programs, steps of K chunks); a program holds G packs of heads. The memories live in
+the output block of the final ones, which stays in VMEM from step to step. Each chunk's start is
+written as it enters the products: a backward's starting point, and where the last token's chunk
+started.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import _tpu_chunk as chunk
+from pallas_kernels import _tpu_plan as plans
+from pallas_kernels._tpu_layout import Gate
+from pallas_kernels._tpu_plan import Plan
+from pallas_kernels._tpu_tiles import F32, Tiles
+
+NAME = "trellis_forward"
+# Rows of a block in fp32: chunks that share a block of decays.
+SUBLANES = 8
+# (packs, chunks) of a program for each chunk length.
+SIZE = {16: (4, 4), 32: (4, 4), 64: (4, 4)}
+VMEM_LIMIT = 64 << 20
+
+
+def packs(x, count: int):
+  """Cuts the lanes of x into packs."""
+  width = x.shape[-1] // count
+  return [x[..., i * width : (i + 1) * width] for i in range(count)]
+
+
+def store(ref, at, xs):
+  """Writes the packs side by side at rows `at` of a block [1, rows, lanes]."""
+  width = ref.shape[-1] // len(xs)
+  for i, x in enumerate(xs):
+    ref[0, at, i * width : (i + 1) * width] = x.astype(ref.dtype)
+
+
+def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
+  names = iter(refs)
+  take = lambda n: [next(names) for _ in range(n)]
+  q_ref, k_ref, v_ref, a_ref, gates_ref = take(5)
+  keep_refs, renew_refs = take(2), take(2) if restarts else None
+  start_refs, init_refs = take(2), take(2) if restarts else None
+  o_ref, *end_refs = take(3)
+  kept_refs, at_start_refs = take(2), take(2)
+  b, step = pl.program_id(0), pl.program_id(2)
+  t, g = Tiles(plan), plan.G
+
+  @pl.when(step == 0)
+  def _():
+    for end, start in zip(end_refs, start_refs):
+      end[...] = start[...]
+
+  memories = [packs(ref[0], g) for ref in end_refs]
+  inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
+
+  def one(i, memories):
+    at = lambda n: pl.ds(pl.multiple_of(i * n, n), n)
+    token = at(plan.C)
+    q, k, v, a = (packs(ref[0, token], g) for ref in (q_ref, k_ref, v_ref, a_ref))
+    gates = packs(gates_ref[0, at(Gate.ROWS)], g)
+    this = (step * plan.K + i) % SUBLANES
+    decay = lambda refs, j: None if refs is None else packs(refs[j][0, pl.ds(this, 1)], g)
+    targets = chunk.load_targets(t, a)
+    both = [
+      chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), memories, inits)
+    ]
+    for ref, w in zip(at_start_refs, both):
+      store(ref, at(plan.M), w.low)
+    ends = [
+      chunk.ended(t, gates, s, s0, (decay(keep_refs, j), decay(renew_refs, j)), w)
+      for j, (s, s0, w) in enumerate(zip(memories, inits, both))
+    ]
+    o = chunk.read(t, spec, q, k, v, gates, *both).o
+    store(o_ref, token, o)
+    return ends
+
+  memories = jax.lax.fori_loop(0, plan.K, one, memories)
+  for ref, s in zip(end_refs, memories):
+    store(ref, slice(None), s)
+
+  last = last_ref[b]
+
+  @pl.when(last // plan.K == step)
+  def _():
+    at = pl.ds(pl.multiple_of(last % plan.K * plan.M, plan.M), plan.M)
+    for kept, starts in zip(kept_refs, at_start_refs):
+      kept[0] = starts[0, at].astype(F32)
+
+
+def blocks(plan: Plan, index):
+  """Returns makers of block specs: of tokens, gates, decays and memories, at `index` of a step."""
+
+  def spec(rows, lanes, at):
+    return pl.BlockSpec((1, rows, lanes), at)
+
+  here = lambda b, n, c, *_: (b, index(c), n)
+  fixed = lambda b, n, c, *_: (b, 0, n)
+  shared = lambda b, n, c, *_: (0, 0, n)
+  rows = lambda b, n, c, *_: (b, index(c) * plan.K // SUBLANES, n)
+  return dict(
+    tokens=lambda width: spec(plan.K * plan.C, plan.lanes(width), here),
+    gates=spec(plan.K * Gate.ROWS, plan.lanes(plan.C), here),
+    decays=lambda width: spec(SUBLANES, plan.lanes(width), rows),
+    starts=lambda width: spec(plan.K * plan.M, plan.lanes(width), here),
+    memory=lambda width: spec(plan.M, plan.lanes(width), fixed),
+    init=lambda width: spec(plan.M, plan.lanes(width), shared),
+  )
+
+
+def call(plan: Plan, spec, arrays, last, save: bool):
+  """Runs the kernel.
+
+  Args:
+    plan: sizes.
+    spec: activations and their eps.
+    arrays: in the kernel's layout: (q, k, v, alpha, gates), keep of D and V lanes, renew or (),
+      start, init or ().
+    last: [B] the chunk of each row's last token.
+    save: whether the chunks' starts are an output.
+
+  Returns:
+    (o, (end_k, end_v), (kept_k, kept_v), starts (k, v) or None).
+  """
+  inputs, keep, renew, start, init = arrays
+  b, slots = inputs[0].shape[:2]
+  heads = plan.heads[1]
+  widths = (plan.D, plan.V)
+  of = blocks(plan, lambda c: c)
+  shape = jax.ShapeDtypeStruct
+  memory = [shape((b, plan.M, heads * w), F32) for w in widths]
+  starts = [shape((b, plan.chunks * plan.M, heads * w), plan.operand) for w in widths]
+  in_specs = [of["tokens"](w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of["gates"]]
+  in_specs += [of["decays"](w) for w in widths] * (2 if renew else 1)
+  in_specs += [of["memory"](w) for w in widths]
+  in_specs += [of["init"](w) for w in widths] if init else []
+  out_shape = [shape((b, slots, heads * plan.V), inputs[2].dtype), *memory, *memory]
+  out_specs = [of["tokens"](plan.V)] + [of["memory"](w) for w in widths] * 2
+  scratch = []
+  if save:
+    out_shape += starts
+    out_specs += [of["starts"](w) for w in widths]
+  else:
+    rows = plan.K * plan.M
+    scratch = [pltpu.VMEM((1, rows, plan.lanes(w)), plan.operand) for w in widths]
+  kernel = functools.partial(_kernel, plan=plan, spec=spec, restarts=bool(init), save=save)
+  out = pl.pallas_call(
+    kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(b, plan.programs, plan.chunks // plan.K),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    ),
+    interpret=plans.interpret(),
+    name=NAME,
+  )(jnp.maximum(last, 0).astype(jnp.int32), *inputs, *keep, *renew, *start, *init)
+  return out[0], tuple(out[1:3]), tuple(out[3:5]), tuple(out[5:7]) if save else None

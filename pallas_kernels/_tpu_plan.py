@@ -1,0 +1,126 @@
+"""What the TPU kernels are built for: sizes, types, packing of heads, and what they refuse."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+LANES = 128
+WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
+ACTIVATIONS = ("identity", "silu", "ln_silu", "l2_silu")
+DTYPES = ("bfloat16", "float32")
+
+# How Pallas runs the kernels: False compiles them; tests set an interpreter for other platforms.
+_interpret = False
+
+
+@contextlib.contextmanager
+def interpreted(how):
+  """Runs the kernels traced in this context in an interpreter, on any platform (for tests)."""
+  global _interpret
+  before, _interpret = _interpret, how
+  try:
+    yield
+  finally:
+    _interpret = before
+
+
+def interpret():
+  """Returns what `pallas_call(interpret=)` takes."""
+  return _interpret
+
+
+class Plan(NamedTuple):
+  """The sizes of one call.
+
+  Attributes:
+    C, D, V, M: tokens of a chunk, widths and slots.
+    heads: H, and with those of zeros that fill the last pack.
+    P: heads of a pack, whose P C tokens fill the 128 lanes.
+    G: packs of a program, side by side on lanes; independent work that hides latency.
+    K: chunks of a program's step.
+    chunks: of a row, a multiple of K.
+    bf16: whether matrix products take bfloat16 operands; sums and states are fp32 always.
+  """
+
+  C: int
+  D: int
+  V: int
+  M: int
+  heads: tuple[int, int]
+  P: int
+  G: int
+  K: int
+  chunks: int
+  bf16: bool
+
+  @property
+  def L(self) -> int:
+    """Lanes of a pack: tokens of its heads."""
+    return self.P * self.C
+
+  @property
+  def operand(self):
+    """The dtype of matrix operands and of saved memories."""
+    return jnp.bfloat16 if self.bf16 else jnp.float32
+
+  @property
+  def programs(self) -> int:
+    """Programs that share out the heads."""
+    return self.heads[1] // (self.P * self.G)
+
+  def lanes(self, width: int) -> int:
+    """Lanes of a program's block of [B, T, H width]."""
+    return self.G * self.P * width
+
+
+def make(spec, inputs, packs: int, chunks: int) -> Plan:
+  """Returns the plan of a call with at most `packs` packs and `chunks` chunks a step."""
+  _, slots, heads, d = inputs.q.shape
+  v, m, c = inputs.v.shape[-1], inputs.alpha.shape[-1], spec.chunk_size
+  p = LANES // c
+  least = math.ceil(heads / p)
+  programs = math.ceil(least / packs)
+  g = math.ceil(least / programs)
+  if programs > 1 and g * p * m % LANES:
+    g += 1
+  n = slots // c
+  k = min(chunks, n)
+  arrays = (inputs.q, inputs.k, inputs.v, inputs.alpha)
+  low = all(a.dtype == jnp.bfloat16 for a in arrays)
+  low = low or spec.precision == jax.lax.Precision.DEFAULT
+  padded = math.ceil(least / g) * g * p
+  return Plan(c, d, v, m, (heads, padded), p, g, k, math.ceil(n / k) * k, low)
+
+
+def platform() -> str:
+  """Returns what the call will run on: the mesh's device, or the default backend's."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def reasons(spec, shapes) -> list[str]:
+  """Returns everything that keeps the kernels from running a call."""
+  found = []
+
+  def need(name, value, accepted):
+    if value not in accepted:
+      found.append(f"{name}={value} is none of {', '.join(map(str, accepted))}")
+
+  if not _interpret:
+    need("platform", platform(), ("tpu",))
+  need("D", shapes.D, WIDTHS)
+  need("V", shapes.V, WIDTHS)
+  need("M", shapes.M, SLOTS)
+  need("chunk_size", spec.chunk_size, CHUNKS)
+  need("dtype", shapes.dtype, DTYPES)
+  for role in ("phi", "f", "phi_out"):
+    need(role, getattr(spec, role), ACTIVATIONS)
+  mesh = jax.sharding.get_abstract_mesh()
+  for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types):
+    if kind == AxisType.Auto and size > 1:
+      found.append(f"mesh axis {name!r} of size {size} is Auto; a kernel needs Explicit axes")
+  return found

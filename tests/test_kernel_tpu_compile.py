@@ -1,0 +1,68 @@
+"""The op on TPUs inside a sharded training step, compiled for chips that are not there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import libtpu
+from experiments import provenance
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from trellis_jax import trellis
+
+topology, chunk_size = sys.argv[1], int(sys.argv[2])
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+axes = dict(axis_names=("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+mesh = Mesh(np.array(devices[:4]).reshape(2, 2), **axes)
+B, T, H, D, M, F = 4, 200, 8, 64, 64, 256
+
+def loss(weights, x, ids):
+  into = lambda w: jnp.einsum("btf,fhd->bthd", x, w, out_sharding=P("data", None, "model", None))
+  q, k, v, alpha, gates = (into(w) for w in weights[:5])
+  log_beta, gamma = -jax.nn.softplus(gates[..., 0]), jax.nn.sigmoid(gates[..., 1])
+  o, _ = trellis(q, k, v, alpha, log_beta, gamma, segment_ids=ids, chunk_size=chunk_size)
+  y = jnp.einsum("bthd,hdf->btf", o, weights[5], out_sharding=P("data", None, None))
+  return jnp.mean(jnp.square(y - x).astype(jnp.float32))
+
+def step(weights, x, ids):
+  return jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights, x, ids))
+
+place = lambda spec, *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+  shape, dtype, sharding=NamedSharding(mesh, spec)
+)
+head = lambda width: place(P(None, "model", None), F, H, width)
+weights = (head(D), head(D), head(D), head(M), head(2), place(P("model", None, None), H, D, F))
+x, ids = place(P("data", None, None), B, T, F), place(P("data", None), B, T, dtype=jnp.int32)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  compiled = jax.jit(step).lower(weights, x, ids).compile()
+text = compiled.as_text()
+count = lambda name: sum(name in line and "custom-call(" in line for line in text.splitlines())
+print(json.dumps({name: count(name) for name in ("trellis_forward", "trellis_backward")}))
+"""
+
+
+@pytest.mark.skipif(not libtpu.library(), reason="libtpu is not installed")
+@pytest.mark.parametrize(
+  "topology,chunk_size",
+  [
+    ("v5e:2x2", 64),
+    pytest.param("v5p:2x2x1", 32, marks=pytest.mark.slow),
+    pytest.param("v6e:2x2", 16, marks=pytest.mark.slow),
+  ],
+)
+def test_a_sharded_training_step_compiles_to_both_kernels(topology, chunk_size):
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, topology, str(chunk_size)],
+    env=dict(libtpu.environment(), PYTHONPATH=str(provenance.ROOT)),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert json.loads(done.stdout) == {"trellis_forward": 1, "trellis_backward": 1}
