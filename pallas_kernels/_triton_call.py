@@ -79,7 +79,26 @@ def dot(plan: Plan, x, y, dims=NN):
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def call(plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int, stages: int):
+def through(plan: Plan, ref, x):
+  """Returns x as it is after being stored in `ref`, which every warp then reads.
+
+  Triton lets each warp own whole rows of a product that feeds another one, so with more warps than
+  rows of 16 they all hold the same. What comes from memory starts anew.
+  """
+  ref[...] = x.astype(ref.dtype)
+  wait(plan)
+  return ref[...]
+
+
+def wait(plan: Plan):
+  """Waits until every warp has come here, and what it stored can be read."""
+  if not plan.interpret:
+    pltriton.debug_barrier()
+
+
+def call(
+  plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int, stages: int, aliases=None
+):
   """Returns the launch of `kernel` as a function of its arrays; the kernel's name is the launch's.
 
   Args:
@@ -89,6 +108,7 @@ def call(plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int
     in_specs, out_specs: block shapes with their index maps, see `tile`.
     out_shape: (shape, dtype) of each output.
     warps, stages: Triton's, per program and per pipelined loop.
+    aliases: input -> output, by position, that are one array.
   """
   return pl.pallas_call(
     kernel,
@@ -97,6 +117,7 @@ def call(plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int
     out_specs=out_specs,
     out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shape],
     compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
+    input_output_aliases=aliases or {},
     interpret=plan.interpret,
     name=kernel.__name__,
   )

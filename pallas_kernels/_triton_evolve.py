@@ -26,7 +26,16 @@ from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile
 # Rows of the numbers per token and per chunk.
 STEP, END, ENTERED = range(3)
 TOTAL, SURVIVES = range(2)
-WARPS, STAGES = 4, 3
+STAGES = 2
+
+
+def _launch(plan, m: int, width: int, backward: bool) -> tuple[int, int]:
+  """Returns (tokens of a chunk that a program takes at a time, warps), so that registers suffice.
+
+  `benchmarks/results/kernel_gpu.md` has what each takes.
+  """
+  most = 64 * 64 * 64 // (m * width) if backward else 64 if m <= 64 else 32
+  return min(plan.chunk, most), 4 if m * width <= 64 * 64 and not backward else 8
 
 
 def scalars(plan, log_beta, gamma, run):
@@ -40,40 +49,48 @@ def scalars(plan, log_beta, gamma, run):
   return jnp.stack(tokens, 2).astype(jnp.float32), jnp.stack(chunks, 2).astype(jnp.float32)
 
 
-def _codes(plan, rows, init_ref, w, s, at):
-  """Z of one chunk, and whether its tokens see `s`, [C, 1], or None."""
-  z = dot(plan, w, s, NT)
-  if not plan.runs:
-    return z, None
-  entered = rows[ENTERED, pl.ds(at, plan.chunk)][:, None] > 0
-  return jnp.where(entered, z, dot(plan, w, init_ref[...], NT)), entered
+def _parts(plan, part: int, write, s):
+  """Returns s after `write(j, s)` for all parts of `part` tokens of a chunk."""
+  count = plan.chunk // part
+  return write(0, s) if count == 1 else jax.lax.fori_loop(0, count, write, s)
 
 
-def _forward_pass(plan, num_slots, rows, chunks, last, a_ref, w_ref, start, init, outs):
+def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, start, init, outs):
   gu_ref, z_ref, states_ref, end_ref, kept_ref = outs
 
   def body(c, s):
     at = c * plan.chunk
-    tokens = pl.ds(at, plan.chunk)
-    w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
-    step, end = rows[STEP, tokens], rows[END, tokens]
+    if plan.chunk == BLOCK:
+      states_ref[c] = s.astype(states_ref.dtype)
+    else:
 
-    @pl.when(jax.lax.rem(at, BLOCK) == 0)
-    def _():
-      states_ref[jax.lax.div(at, BLOCK)] = s.astype(states_ref.dtype)
+      @pl.when(jax.lax.rem(at, BLOCK) == 0)
+      def _():
+        states_ref[jax.lax.div(at, BLOCK)] = s.astype(states_ref.dtype)
 
     @pl.when(c == last)
     def _():
       kept_ref[...] = s
 
-    z, _ = _codes(plan, rows, init, w, s, at)
-    gu = step[:, None] * activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
-    gu_ref[tokens] = gu.astype(gu_ref.dtype)
-    if z_ref is not None:
-      z_ref[tokens] = z.astype(z_ref.dtype)
+    seen = s.astype(plan.operand)
+
+    def write(j, s):
+      tokens = pl.ds(at + j * part, part)
+      w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
+      z = dot(plan, w, seen, NT)
+      if plan.runs:
+        entered = rows[ENTERED, tokens][:, None] > 0
+        z = jnp.where(entered, z, dot(plan, w, init[...], NT))
+      u = activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
+      gu = rows[STEP, tokens][:, None] * u
+      gu_ref[tokens] = gu.astype(gu_ref.dtype)
+      if z_ref is not None:
+        z_ref[tokens] = z.astype(z_ref.dtype)
+      return s - dot(plan, rows[END, tokens][:, None] * gu, w, TN)
+
     if plan.runs:
       s = jnp.where(chunks[SURVIVES, c] > 0, s, init[...])
-    return chunks[TOTAL, c] * s - dot(plan, end[:, None] * gu, w, TN)
+    return _parts(plan, part, write, chunks[TOTAL, c] * s)
 
   kept_ref[...] = jnp.zeros(kept_ref.shape, kept_ref.dtype)
   end_ref[...] = jax.lax.fori_loop(0, num_slots // plan.chunk, body, start[...])
@@ -96,6 +113,7 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
   """
   b, num_slots, h, d = k.shape
   width, m, blocks = v.shape[-1], alpha.shape[-1], num_slots // BLOCK
+  part, warps = _launch(plan, m, max(d, width), backward=False)
 
   def trellis_evolve(tokens, chunks, last, a, k, v, s_k, s_v, init_k, init_v, *outs):
     gu, z = outs[0], outs[1] if save else None
@@ -105,7 +123,7 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
       @pl.when(pl.program_id(2) == i)
       def _(w=w, start=start, init=init, of_pass=pairs[i::2]):
         args = (tokens, chunks, last[0], a, w, start, init, (gu, z, *of_pass))
-        _forward_pass(plan, num_slots, *args)
+        _forward_pass(plan, part, num_slots, *args)
 
   row = lambda *shape: tile((None, None, *shape), lambda h, b, p: (b, h, *(0,) * len(shape)))
   head = lambda *shape: tile((None, *shape), lambda h, b, p: (h, 0, 0))
@@ -123,7 +141,7 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
     + [slots(m), slots(d), slots(width), row(m, d), row(m, width), head(m, d), head(m, width)],
     [codes] * (1 + save) + [row(*s[0][2:]) for s in (*states, *ends)],
     [*all_codes, *states, *ends],
-    warps=WARPS,
+    warps=warps,
     stages=STAGES,
   )(tokens, chunks, last, alpha, k, v, *start, *init)
   gu, *rest = outs
@@ -131,37 +149,46 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
   return gu, z, tuple(rest[:2]), tuple(rest[2:4]), tuple(rest[4:])
 
 
-def _reverse_pass(plan, num_slots, rows, chunks, a_ref, z_ref, gu_bar_ref, w_ref, refs):
+def _reverse_pass(plan, part, num_slots, rows, chunks, a_ref, z_ref, gu_bar_ref, w_ref, refs):
   from_reads, end_bar, x_ref, states_bar_ref, start_bar_ref = refs
   count = num_slots // plan.chunk
 
   def body(i, s_bar):
     c = count - 1 - i
     at = c * plan.chunk
-    tokens, block = pl.ds(at, plan.chunk), jax.lax.div(at, BLOCK)
-    w, a, z = w_ref[tokens], a_ref[tokens].astype(jnp.float32), z_ref[tokens].astype(jnp.float32)
-    step, end = rows[STEP, tokens][:, None], rows[END, tokens][:, None]
+    block = jax.lax.div(at, BLOCK)
+    add = lambda s: s + from_reads[block].astype(jnp.float32)
+    if plan.chunk == BLOCK:
+      states_bar_ref[c] = s_bar.astype(states_bar_ref.dtype)
+    else:
 
-    @pl.when(jax.lax.rem(at + plan.chunk, BLOCK) == 0)
-    def _():
-      states_bar_ref[block] = s_bar.astype(states_bar_ref.dtype)
+      @pl.when(jax.lax.rem(at + plan.chunk, BLOCK) == 0)
+      def _():
+        states_bar_ref[block] = s_bar.astype(states_bar_ref.dtype)
 
-    x = gu_bar_ref[tokens].astype(jnp.float32) - end * dot(plan, w, s_bar, NT)
-    x_ref[tokens] = x.astype(x_ref.dtype)
-    if plan.runs:
-      s_bar = jnp.where(chunks[SURVIVES, c] > 0, s_bar, 0)
-    s_bar = chunks[TOTAL, c] * s_bar
-    if plan.rho:
-      _, z_bar, _ = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
+    seen = s_bar.astype(plan.operand)
+
+    def write(j, s_bar):
+      tokens = pl.ds(at + j * part, part)
+      w = w_ref[tokens]
+      x = gu_bar_ref[tokens].astype(jnp.float32)
+      x = x - rows[END, tokens][:, None] * dot(plan, w, seen, NT)
+      x_ref[tokens] = x.astype(x_ref.dtype)
+      if not plan.rho:
+        return s_bar
+      z, a = z_ref[tokens].astype(jnp.float32), a_ref[tokens].astype(jnp.float32)
+      u_bar = rows[STEP, tokens][:, None] * x
+      _, z_bar, _ = activations.inner_gradient_vjp(plan, plan.phi, z, a, u_bar, plan.phi_eps)
       if plan.runs:
         z_bar = jnp.where(rows[ENTERED, tokens][:, None] > 0, z_bar, 0)
-      s_bar = s_bar + dot(plan, plan.rho * z_bar, w, TN)
-    add = lambda s: s + from_reads[block].astype(jnp.float32)
-    return (
-      add(s_bar)
-      if plan.chunk == BLOCK
-      else jax.lax.cond(jax.lax.rem(at, BLOCK) == 0, add, lambda s: s, s_bar)
-    )
+      return s_bar + dot(plan, plan.rho * z_bar, w, TN)
+
+    if plan.runs:
+      s_bar = jnp.where(chunks[SURVIVES, c] > 0, s_bar, 0)
+    s_bar = _parts(plan, part, write, chunks[TOTAL, c] * s_bar)
+    if plan.chunk == BLOCK:
+      return add(s_bar)
+    return jax.lax.cond(jax.lax.rem(at, BLOCK) == 0, add, lambda s: s, s_bar)
 
   start_bar_ref[...] = jax.lax.fori_loop(0, count, body, end_bar[...])
 
@@ -181,6 +208,7 @@ def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
   """
   b, num_slots, h, d = k.shape
   width, m = v.shape[-1], alpha.shape[-1]
+  part, warps = _launch(plan, m, max(d, width), backward=True)
 
   def trellis_evolve_backward(tokens, chunks, a, z, *refs):
     pairs, x, outs = refs[:8], refs[8], refs[9:]
@@ -188,7 +216,7 @@ def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
 
       @pl.when(pl.program_id(2) == i)
       def _(gu_bar=pairs[i], w=pairs[2 + i], refs=(*pairs[4 + i :: 2], x, *outs[i::2])):
-        _reverse_pass(plan, num_slots, tokens, chunks, a, z, gu_bar, w, refs)
+        _reverse_pass(plan, part, num_slots, tokens, chunks, a, z, gu_bar, w, refs)
 
   row = lambda *shape: tile((None, None, *shape), lambda h, b, p: (b, h, *(0,) * len(shape)))
   slots = lambda width: tile((None, num_slots, None, width), lambda h, b, p: (b, 0, h, 0))
@@ -205,7 +233,7 @@ def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
     + [row(*s.shape[2:]) for s in (*states_bar, *end_bar)],
     [codes] + [row(*s[0][2:]) for s in (*states, *starts)],
     [(z.shape, plan.operand), *states, *starts],
-    warps=WARPS,
+    warps=warps,
     stages=STAGES,
   )(tokens, chunks, alpha, z, *gu_bar, k, v, *states_bar, *end_bar)
   return x, tuple(rest[:2]), tuple(rest[2:])

@@ -54,18 +54,29 @@ def block_pair(rows):
   return pair(hi, lo, rows[FIRST, :], hi, lo, jnp.arange(BLOCK, dtype=jnp.int32) + 1)
 
 
-def specs(plan, num_rows: int, d: int, width: int, m: int):
-  """Returns the specs (rows, tokens of a width, codes of a pass, memory, initial memory)."""
-  rows = tile((None, None, num_rows, BLOCK), lambda h, r, b: (b, h, 0, r))
-  tokens = lambda width: tile((None, BLOCK, None, width), lambda h, r, b: (b, r, h, 0))
-  codes = lambda i: tile((None, None, None, BLOCK, m), lambda h, r, b: (i, b, h, r, 0))
-  memory = lambda width: tile((None, None, None, m, width), lambda h, r, b: (b, h, r, 0, 0))
-  init = lambda width: tile((None, m, width), lambda h, r, b: (h, 0, 0))
-  return rows, tokens, codes, memory, init
+class Specs:
+  """The launch over all blocks: its grid, and the specs of what a program sees.
+
+  rows: the numbers per token; tokens(W): [B N H W]; codes(pass): [2 B H N M]; own_codes: [B H N M];
+  own_row: [B H N]; memory(W): [B H blocks M W]; init(W): [H M W].
+  """
+
+  def __init__(self, plan, rows, gu, like):
+    num_slots, h = like.shape[1:3]
+    m = gu.shape[-1]
+    self.grid = (h, num_slots // BLOCK, like.shape[0])
+    self.warps = 4 if max(like.shape[-1], m) <= 64 else 8
+    self.rows = tile((None, None, rows.shape[2], BLOCK), lambda h, r, b: (b, h, 0, r))
+    self.tokens = lambda w: tile((None, BLOCK, None, w), lambda h, r, b: (b, r, h, 0))
+    self.codes = lambda i: tile((None, None, None, BLOCK, m), lambda h, r, b: (i, b, h, r, 0))
+    self.own_codes = tile((None, None, BLOCK, m), lambda h, r, b: (b, h, r, 0))
+    self.own_row = tile((None, None, BLOCK), lambda h, r, b: (b, h, r))
+    self.memory = lambda w: tile((None, None, None, m, w), lambda h, r, b: (b, h, r, 0, 0))
+    self.init = lambda w: tile((None, m, w), lambda h, r, b: (h, 0, 0))
 
 
-def forward(plan, q, k, v, gu, rows, states, init):
-  """Returns o [B N H V] in v's dtype.
+def forward(plan, q, k, v, gu, rows, states, init, save: bool):
+  """Returns (o [B N H V] in v's dtype, Y [B H N M] or None).
 
   Args:
     plan: the static choices.
@@ -74,29 +85,32 @@ def forward(plan, q, k, v, gu, rows, states, init):
     rows: from `scalars`.
     states: (S_k, S_v) [B H blocks M D | V] at the block starts.
     init: (S_k, S_v) [H M D | V].
+    save: whether Y is wanted.
   """
-  b, num_slots, h, d = q.shape
-  width, m = v.shape[-1], gu.shape[-1]
+  d, width = q.shape[-1], v.shape[-1]
 
-  def trellis_read(rows, q, k, v, gu_k, gu_v, s_k, s_v, init_k, init_v, o):
+  def trellis_read(rows, q, k, v, gu_k, gu_v, s_k, s_v, init_k, init_v, o, *save_y):
     decay = block_pair(rows)
-    x = q[...]
-    y, _, _ = read(plan, rows, x, s_k[...], init_k, NT)
-    y = y - dot(plan, dot(plan, x, k[...], NT) * decay, gu_k[...])
+    query = q[...]
+    y, _, _ = read(plan, rows, query, s_k[...], init_k, NT)
+    y = y - dot(plan, dot(plan, query, k[...], NT) * decay, gu_k[...])
+    for ref in save_y:
+      ref[...] = y.astype(ref.dtype)
     r = activations.apply(plan, plan.f, y, plan.eps)
     p, _, _ = read(plan, rows, r, s_v[...], init_v, NN)
     p = p - dot(plan, dot(plan, r, gu_v[...], NT) * decay, v[...])
     o[...] = activations.apply(plan, plan.phi_out, p, plan.eps).astype(o.dtype)
 
-  of_rows, tokens, codes, memory, initial = specs(plan, rows.shape[2], d, width, m)
-  return call(
+  at = Specs(plan, rows, gu, v)
+  out = call(
     plan,
     trellis_read,
-    (h, num_slots // BLOCK, b),
-    [of_rows, tokens(d), tokens(d), tokens(width), codes(0), codes(1)]
-    + [memory(d), memory(width), initial(d), initial(width)],
-    [tokens(width)],
-    [(v.shape, v.dtype)],
-    warps=4 if max(d, width, m) <= 64 else 8,
+    at.grid,
+    [at.rows, at.tokens(d), at.tokens(d), at.tokens(width), at.codes(0), at.codes(1)]
+    + [at.memory(d), at.memory(width), at.init(d), at.init(width)],
+    [at.tokens(width)] + [at.own_codes] * save,
+    [(v.shape, v.dtype)] + [(gu.shape[1:], plan.operand)] * save,
+    warps=4 if max(d, width, gu.shape[-1]) <= 64 else 8,
     stages=2,
-  )(rows, q, k, v, gu, gu, *states, *init)[0]
+  )(rows, q, k, v, gu, gu, *states, *init)
+  return out[0], out[1] if save else None

@@ -1,17 +1,18 @@
-r"""The backward of the reads, all blocks at once; Y, R and P are had again from what was read.
+r"""The backward of the reads, all blocks at once: one launch for the values', one for the keys'.
 
-With D = (Q K^T) * pair, E = (R (G U_v)^T) * pair, P_bar the vjp of phi_out at O_bar and Y_bar that
-of f at R_bar:
+With R = f(Y) again from the saved Y, E = (R (G U_v)^T) * pair, P again from R, P_bar the vjp of
+phi_out at O_bar and Y_bar that of f at R_bar:
 
-  R_bar = carry P_bar S_v^T - F G U_v,     F = (P_bar V^T) * pair
-  Q_bar = carry Y_bar S_k - H K,           H = (Y_bar (G U_k)^T) * pair
+  R_bar = carry P_bar S_v^T - F G U_v,   F = (P_bar V^T) * pair
   GU_v_bar = -F^T R,   V_bar = -E^T P_bar,   S_v_bar = (carry R)^T P_bar
-  GU_k_bar = -D^T Y_bar,   K_bar = -H^T Q,   S_k_bar = (carry Y_bar)^T Q
+
+  Q_bar = carry Y_bar S_k - H K,         H = (Y_bar (G U_k)^T) * pair
+  GU_k_bar = -((Q K^T) * pair)^T Y_bar,   K_bar = -H^T Q,   S_k_bar = (carry Y_bar)^T Q
 
 A read at t depends on the decays since the first token it sees, but for what came in at s on those
 after s alone; so log_beta's gradient is a sum, from a token on, of
 
-  Y_bar_t . Y_t + P_bar_t . P_t - (GU_k_bar_t . GU_k_t + V_bar_t . V_t),
+  R_t . R_bar_t - GU_v_t . GU_v_bar_t + Q_t . Q_bar_t - K_t . K_bar_t,
 
 in which what lies behind the token cancels: both sides sum the same products of rounded operands.
 """
@@ -20,105 +21,121 @@ import jax.numpy as jnp
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import BLOCK, NN, NT, TN, call, dot, tile
+from pallas_kernels._triton_call import NN, NT, TN, call, dot, through, wait
 from pallas_kernels._triton_readout import block_pair, read
 
 
-def _row_dot(x, y):
+def row_dot(x, y):
+  """Returns the products of rows, [t], in fp32."""
   return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 
-def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_ref):
+def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
   """Stores (carry x)^T y, split by whether the token read S or the initial memory."""
-  x = carry * x
-  if entered is None:
-    s_bar_ref[...] = dot(plan, x, y, TN).astype(s_bar_ref.dtype)
-    return
-  s_bar_ref[...] = dot(plan, jnp.where(entered, x, 0), y, TN).astype(s_bar_ref.dtype)
-  init_bar_ref[...] = dot(plan, jnp.where(entered, 0, x), y, TN)
+  x = carry * x.astype(jnp.float32)
+  if plan.runs:
+    init_bar_refs[0][...] = dot(plan, jnp.where(entered, 0, x), y, TN)
+    x = jnp.where(entered, x, 0)
+  s_bar_ref[...] = dot(plan, x, y, TN).astype(s_bar_ref.dtype)
 
 
-def _from_memory(plan, x, carry, entered, s_ref, init_ref, dims):
-  """Returns carry x S^T, with the initial memory where the token read that."""
-  back = dot(plan, x, s_ref[...], dims)
-  if entered is not None:
-    back = jnp.where(entered, back, dot(plan, x, init_ref[...], dims))
-  return carry * back
+def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, parts, *init_bar):
+  decay, value = block_pair(rows), v[...]
+  r = activations.apply(plan, plan.f, y[...].astype(jnp.float32), plan.eps).astype(plan.operand)
+  weights = (dot(plan, r, gu[...], NT) * decay).astype(plan.operand)
+  p, carry, entered = read(plan, rows, r, s[...], init, NN)
+  p = p - dot(plan, weights, value)
+  p_bar = activations.vjp(plan, plan.phi_out, p, o_bar[...].astype(jnp.float32), plan.eps)
+  p_bar = through(plan, v_bar, p_bar)
+  wait(plan)
+  v_bar[...] = -dot(plan, weights, p_bar, TN).astype(v_bar.dtype)
+
+  weights = (dot(plan, p_bar, value, NT) * decay).astype(plan.operand)
+  from_gu = -dot(plan, weights, r, TN)
+  gu_bar[...] = from_gu.astype(gu_bar.dtype)
+  part = row_dot(from_gu, gu[...])
+  r_bar, _, _ = read(plan, rows, p_bar, s[...], init, NT)
+  r_bar = r_bar - dot(plan, weights, gu[...])
+  parts[...] = row_dot(r, r_bar) - part
+  y_bar_tile = activations.vjp(plan, plan.f, y[...].astype(jnp.float32), r_bar, plan.eps)
+  y_bar[...] = y_bar_tile.astype(y_bar.dtype)
+  _to_memory(plan, r, carry, entered, p_bar, s_bar, init_bar)
 
 
-def backward(plan, q, k, v, gu, rows, states, init, o_bar):
-  """Returns (q_bar, k_bar, v_bar, gu_bar, states_bar, init_bar by block or None, parts).
+def _keys(plan, rows, q, k, gu, s, init, y_bar, q_bar, k_bar, gu_bar, s_bar, parts, *init_bar):
+  decay, query, key, ct = block_pair(rows), q[...], k[...], y_bar[...]
+  weights = dot(plan, query, key, NT) * decay
+  gu_bar[...] = -dot(plan, weights, ct, TN).astype(gu_bar.dtype)
+  weights = (dot(plan, ct, gu[...], NT) * decay).astype(plan.operand)
+  from_query = -dot(plan, weights, query, TN)
+  k_bar[...] = from_query.astype(k_bar.dtype)
+  part = row_dot(from_query, key)
+  from_ct, carry, entered = read(plan, rows, ct, s[...], init, NN)
+  from_ct = from_ct - dot(plan, weights, key)
+  q_bar[...] = from_ct.astype(q_bar.dtype)
+  parts[...] = row_dot(from_ct, query) - part
+  _to_memory(plan, ct, carry, entered, query, s_bar, init_bar)
+
+
+def values(plan, y, v, gu, rows, states, init, o_bar):
+  """Returns (v_bar, gu_bar, states_bar, y_bar, parts, init_bar by block or None) of the value read.
 
   Args:
-    plan, q, k, v, gu, rows, states, init: as in `readout.forward`.
+    plan, v, gu, rows: as in `readout.forward`.
+    y: [B H N M], what that saved.
+    states, init: S_v [B H blocks M V] and [H M V].
     o_bar: [B N H V].
 
   Returns:
-    q_bar, k_bar, v_bar as q, k, v in the operands' dtype; gu_bar a pair [B H N M]; states_bar as
-    states; init_bar a pair [B H blocks M D | V] or None without restarts; parts [B H N], of which
-    log_beta's gradient is the sum that `decays.total` takes.
+    gradients as v, y and states; gu_bar [B H N M]; parts [B H N], of which log_beta's gradient is
+    the sum that `decays.total` takes; init_bar [B H blocks M V] in fp32.
   """
-  b, num_slots, h, d = q.shape
-  width, m, blocks = v.shape[-1], gu.shape[-1], num_slots // BLOCK
 
-  def trellis_read_backward(rows, q, k, v, gu_k, gu_v, s_k, s_v, init_k, init_v, o_bar, *outs):
-    q_bar, k_bar, v_bar, gu_k_bar, gu_v_bar, parts, s_k_bar, s_v_bar, *init_bar = outs
-    init_k_bar, init_v_bar = init_bar or (None, None)
-    rounded = lambda x: x.astype(plan.operand)
-    decay = block_pair(rows)
+  def trellis_read_values_backward(*refs):
+    _values(plan, *refs)
 
-    keys = rounded(dot(plan, q[...], k[...], NT) * decay)
-    y, carry, entered = read(plan, rows, q[...], s_k[...], init_k, NT)
-    y = y - dot(plan, keys, gu_k[...])
-    r = rounded(activations.apply(plan, plan.f, y, plan.eps))
-    values = rounded(dot(plan, r, gu_v[...], NT) * decay)
-    p, _, _ = read(plan, rows, r, s_v[...], init_v, NN)
-    p = p - dot(plan, values, v[...])
-
-    p_bar = o_bar[...].astype(jnp.float32)
-    _, p_bar = activations.vjp(plan, plan.phi_out, p, p_bar, plan.eps)
-    p_bar = rounded(p_bar)
-    from_values = -dot(plan, values, p_bar, TN)
-    v_bar[...] = from_values.astype(v_bar.dtype)
-    part = _row_dot(p_bar, p) - _row_dot(from_values, v[...])
-    _to_memory(plan, r.astype(jnp.float32), carry, entered, p_bar, s_v_bar, init_v_bar)
-
-    weights = rounded(dot(plan, p_bar, v[...], NT) * decay)
-    gu_v_bar[...] = -dot(plan, weights, r, TN).astype(gu_v_bar.dtype)
-    r_bar = _from_memory(plan, p_bar, carry, entered, s_v, init_v, NT)
-    r_bar = r_bar - dot(plan, weights, gu_v[...])
-    _, y_bar = activations.vjp(plan, plan.f, y, r_bar, plan.eps)
-    y_bar = rounded(y_bar)
-    from_keys = -dot(plan, keys, y_bar, TN)
-    gu_k_bar[...] = from_keys.astype(gu_k_bar.dtype)
-    parts[...] = part + _row_dot(y_bar, y) - _row_dot(from_keys, gu_k[...])
-    _to_memory(plan, y_bar.astype(jnp.float32), carry, entered, q[...], s_k_bar, init_k_bar)
-
-    weights = rounded(dot(plan, y_bar, gu_k[...], NT) * decay)
-    k_bar[...] = -dot(plan, weights, q[...], TN).astype(k_bar.dtype)
-    from_s = _from_memory(plan, y_bar, carry, entered, s_k, init_k, NN)
-    q_bar[...] = (from_s - dot(plan, weights, k[...])).astype(q_bar.dtype)
-
-  of_rows, tokens, codes, memory, initial = readout.specs(plan, rows.shape[2], d, width, m)
-  own_codes = tile((None, None, BLOCK, m), lambda h, r, b: (b, h, r, 0))
-  own_row = tile((None, None, BLOCK), lambda h, r, b: (b, h, r))
-  store, fp32 = plan.operand, jnp.float32
-  memories = [(b, h, blocks, m, w) for w in (d, width)]
-  out_specs = [tokens(d), tokens(d), tokens(width), own_codes, own_codes, own_row]
-  out_specs += [memory(d), memory(width)] * (1 + plan.runs)
-  out_shape = [(x.shape, store) for x in (q, k, v)] + [((b, h, num_slots, m), store)] * 2
-  out_shape += [((b, h, num_slots), fp32)] + [(s, store) for s in memories]
-  out_shape += [(s, fp32) for s in memories] * plan.runs
-  q_bar, k_bar, v_bar, gu_k_bar, gu_v_bar, parts, *rest = call(
+  at, store = readout.Specs(plan, rows, gu, v), plan.operand
+  width = v.shape[-1]
+  outs = call(
     plan,
-    trellis_read_backward,
-    (h, blocks, b),
-    [of_rows, tokens(d), tokens(d), tokens(width), codes(0), codes(1)]
-    + [memory(d), memory(width), initial(d), initial(width), tokens(width)],
-    out_specs,
-    out_shape,
-    warps=4 if max(d, width, m) <= 64 else 8,
+    trellis_read_values_backward,
+    at.grid,
+    [at.rows, at.own_codes, at.tokens(width), at.codes(1), at.memory(width), at.init(width)]
+    + [at.tokens(width)],
+    [at.tokens(width), at.own_codes, at.memory(width), at.own_codes, at.own_row]
+    + [at.memory(width)] * plan.runs,
+    [(v.shape, store), (y.shape, store), (states.shape, store), (y.shape, store)]
+    + [(y.shape[:3], jnp.float32)]
+    + [(states.shape, jnp.float32)] * plan.runs,
+    warps=at.warps,
     stages=1,
-  )(rows, q, k, v, gu, gu, *states, *init, o_bar)
-  init_bar = tuple(rest[2:]) if plan.runs else None
-  return q_bar, k_bar, v_bar, (gu_k_bar, gu_v_bar), tuple(rest[:2]), init_bar, parts
+  )(rows, y, v, gu, states, init, o_bar)
+  return (*outs[:5], outs[5] if plan.runs else None)
+
+
+def keys(plan, q, k, gu, rows, states, init, y_bar):
+  """Returns (q_bar, k_bar, gu_bar, states_bar, parts, init_bar by block or None) of the key read.
+
+  The arguments are as in `values`, with S_k [B H blocks M D] and y_bar [B H N M].
+  """
+
+  def trellis_read_keys_backward(*refs):
+    _keys(plan, *refs)
+
+  at, store = readout.Specs(plan, rows, gu, k), plan.operand
+  width = k.shape[-1]
+  outs = call(
+    plan,
+    trellis_read_keys_backward,
+    at.grid,
+    [at.rows, at.tokens(width), at.tokens(width), at.codes(0), at.memory(width), at.init(width)]
+    + [at.own_codes],
+    [at.tokens(width), at.tokens(width), at.own_codes, at.memory(width), at.own_row]
+    + [at.memory(width)] * plan.runs,
+    [(q.shape, store), (k.shape, store), (y_bar.shape, store), (states.shape, store)]
+    + [(y_bar.shape[:3], jnp.float32)]
+    + [(states.shape, jnp.float32)] * plan.runs,
+    warps=at.warps,
+    stages=1,
+  )(rows, q, k, gu, states, init, y_bar)
+  return (*outs[:5], outs[5] if plan.runs else None)

@@ -1,7 +1,8 @@
 r"""The gradients of what is written, all blocks at once.
 
 The reverse evolution has left X, the cotangent of g U, and S'_bar, that of the memory at each
-block's end. U and Z_bar come again from Z, A and X; then both the memory at a chunk's start and its
+block's end. U and Z_bar come again from Z, A and X, and Z_bar goes through memory, see
+`_triton_call.through`. Then both the memory at a chunk's start and its
 cotangent at a chunk's end are linear inside the block. With S at the block's start, the decays
 `carry*`, `pair*` that a token's chunk start sees (`_triton_decays.stale`) and `end` to the block's
 end,
@@ -15,17 +16,20 @@ are (G^T W) . W + end ((g U) S'_bar) . W at the token, with S'_bar . S_end at th
 (carry* Z_bar S - G W) . W at the token before its chunk, unless that is in an earlier block.
 """
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile
-from pallas_kernels._triton_readout_backward import _row_dot
+from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, wait
+from pallas_kernels._triton_readout_backward import row_dot
 
 # Rows of the numbers per token; the last three with restarts alone.
 HI, LO, STALE_HI, STALE_LO, STALE_FIRST, STALE_CARRY, END, STEP, TOTAL = range(9)
 CHUNK_ENTERED, STALE_ENTERED, SURVIVES = range(9, 12)
+SLOTS = 32  # of a memory that are taken at a time where its products are summed
 
 
 def scalars(plan, log_beta, gamma, run):
@@ -44,110 +48,120 @@ def scalars(plan, log_beta, gamma, run):
   return jnp.stack([flat(x) for x in rows], 2)
 
 
-def _one_pass(plan, rows, a, z, x, w, s_ref, end_bar_ref, init_ref, from_reads, init_bar_ref):
-  """Returns (w_bar, a_bar, g_bar [t], parts at the token [t], parts before its chunk [t])."""
+def _codes(plan, rows, a_ref, passes, a_bar_ref, g_bar_ref):
+  """Stores A_bar and g_bar, summed over the passes (Z, X, where Z_bar goes)."""
+  a, step = a_ref[...].astype(jnp.float32), rows[STEP, :][:, None]
+  a_bar, g_bar = 0, 0
+  for z, x, z_bar_ref in passes:
+    z, x = z[...].astype(jnp.float32), x[...].astype(jnp.float32)
+    u, z_bar, more = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
+    z_bar_ref[...] = (plan.rho * z_bar).astype(z_bar_ref.dtype)
+    a_bar, g_bar = a_bar + more, g_bar + jnp.sum(u * x, axis=-1)
+  a_bar_ref[...] = a_bar.astype(a_bar_ref.dtype)
+  g_bar_ref[...] = g_bar
+
+
+def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
+  """Stores what one pass gives and returns the parts (at the token [t], before its chunk [t])."""
   column = lambda row: rows[row, :][:, None]
-  z, x = z.astype(jnp.float32), x.astype(jnp.float32)
-  gated = column(STEP) * x
-  u, z_bar, a_bar = activations.inner_gradient_vjp(plan, plan.phi, z, a, gated, plan.phi_eps)
-  z_bar = (plan.rho * z_bar).astype(plan.operand)
-  gu = (column(STEP) * u).astype(plan.operand)
   t = jnp.arange(BLOCK, dtype=jnp.int32)
   chunk_start = t & -plan.chunk
-  s, end_bar = s_ref[...], end_bar_ref[...]
 
-  from_s = dot(plan, z_bar, s)
+  stale = dot(plan, z_bar[...], s[...])
   if plan.runs:
-    from_init = dot(plan, z_bar, init_ref[...])
-    from_s = jnp.where(column(STALE_ENTERED) > 0, from_s, from_init)
-    carried = column(STALE_CARRY) * z_bar.astype(jnp.float32)
-    restarted = jnp.where(column(STALE_ENTERED) > 0, 0, carried)
-    survives = jnp.max(rows[SURVIVES, :]) > 0
-    s = jnp.where(survives, s.astype(jnp.float32), init_ref[...])
-    lost = jnp.max(rows[TOTAL, :]) * end_bar.astype(jnp.float32)
-    init_bar_ref[...] = dot(plan, restarted, w, TN) + jnp.where(survives, 0, lost)
-  stale = column(STALE_CARRY) * from_s
-  ended = column(END) * dot(plan, gu, end_bar)
-  at_token = _row_dot(ended, w)
-  total = jnp.max(rows[TOTAL, :]) * jnp.sum(s.astype(jnp.float32) * end_bar.astype(jnp.float32))
-  at_end = total - jnp.sum(at_token)
+    stale = jnp.where(column(STALE_ENTERED) > 0, stale, dot(plan, z_bar[...], init[...]))
+    restarted = jnp.where(column(STALE_ENTERED) > 0, 0, column(STALE_CARRY) * z_bar[...])
+    init_bar[0][...] = dot(plan, restarted, w[...], TN)
+  stale = column(STALE_CARRY) * stale
+  at_token = jnp.zeros((BLOCK,), jnp.float32)
   if plan.chunk < BLOCK:
-    pair = readout.pair(
-      rows[STALE_HI, :],
-      rows[STALE_LO, :],
-      rows[STALE_FIRST, :],
-      rows[HI, :],
-      rows[LO, :],
-      chunk_start,
-    )
-    weights = (dot(plan, z_bar, gu, NT) * pair).astype(plan.operand)
-    stale = stale - dot(plan, weights, w)
-    back = dot(plan, weights, w, TN)
-    at_token = at_token + _row_dot(back, w)
-    ended = ended + back
-  w_bar = from_reads.astype(jnp.float32) + stale - ended
+    own = rows[HI, :], rows[LO, :], chunk_start
+    pair = readout.pair(rows[STALE_HI, :], rows[STALE_LO, :], rows[STALE_FIRST, :], *own)
+    weights = (dot(plan, z_bar[...], gu[...], NT) * pair).astype(plan.operand)
+    stale = stale - dot(plan, weights, w[...])
+  before = row_dot(stale, w[...])
+  w_bar[...] = (w_bar[...].astype(jnp.float32) + stale).astype(w_bar.dtype)
+  if plan.chunk < BLOCK:
+    back = dot(plan, weights, w[...], TN)
+    at_token = row_dot(back, w[...])
+    w_bar[...] = (w_bar[...].astype(jnp.float32) - back).astype(w_bar.dtype)
+  ended = column(END) * dot(plan, gu[...], end_bar[...])
+  of_end = row_dot(ended, w[...])
+  w_bar[...] = (w_bar[...].astype(jnp.float32) - ended).astype(w_bar.dtype)
+  total = _at_end(plan, rows, s, init, end_bar, init_bar)
+  at_token = at_token + of_end + jnp.where(t == BLOCK - 1, total - jnp.sum(of_end), 0)
   inside = chunk_start > 0
   if plan.runs:
     inside = inside & (rows[CHUNK_ENTERED, :] > 0)
-  before = jnp.where(inside, _row_dot(stale, w), 0)
-  at_token = at_token + jnp.where(t == BLOCK - 1, at_end, 0)
-  return w_bar, a_bar, jnp.sum(u * x, axis=-1), at_token, before
+  return at_token, jnp.where(inside, before, 0)
 
 
-def backward(plan, k, v, alpha, rows, z, x, states, end_bar, init, k_bar, v_bar):
+def _at_end(plan, rows, s, init, end_bar, init_bar):
+  """Returns total (S . S'_bar), with the initial memory in place of S behind a restart.
+
+  Adds what S'_bar gives of that memory to `init_bar`. A few slots at a time, for the registers.
+  """
+  total = jnp.max(rows[TOTAL, :])
+  if plan.runs:
+    survives = jnp.max(rows[SURVIVES, :]) > 0
+    wait(plan)
+
+  def add(i, summed):
+    slots = pl.ds(i * SLOTS, SLOTS)
+    s_part, ct = s[slots].astype(jnp.float32), total * end_bar[slots].astype(jnp.float32)
+    if plan.runs:
+      s_part = jnp.where(survives, s_part, init[slots])
+      init_bar[0][slots] = init_bar[0][slots] + jnp.where(survives, 0, ct)
+    return summed + jnp.sum(s_part * ct)
+
+  return jax.lax.fori_loop(0, s.shape[0] // SLOTS, add, jnp.float32(0))
+
+
+def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_bar):
   """Returns (k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bar by block or None).
 
   Args:
     plan, k, v, alpha: as in `evolve.forward`.
     rows: from `scalars`.
-    z, x: [2 B H N M], from `evolve.forward` and `evolve.reverse`.
+    gu, z, x: [2 B H N M], from `evolve.forward` and `evolve.reverse`.
     states: (S_k, S_v) [B H blocks M D | V] at the block starts.
     end_bar: their cotangents at the block ends.
     init: (S_k, S_v) [H M D | V].
-    k_bar, v_bar: [B N H D | V], what the reads gave.
+    k_bar, v_bar: [B N H D | V], what the reads gave; these very arrays become the results.
 
   Returns:
     gradients as the inputs, gamma_bar and the parts of log_beta's gradient at and before the
     token's chunk [B H N], init_bar a pair [B H blocks M D | V].
   """
-  b, num_slots, h, d = k.shape
-  width, m, blocks = v.shape[-1], alpha.shape[-1], num_slots // BLOCK
+  d, width, m = k.shape[-1], v.shape[-1], alpha.shape[-1]
 
-  def trellis_writes_backward(rows, a, z_k, z_v, x_k, x_v, k, v, *refs):
-    (s_k, s_v, s_k_bar, s_v_bar, init_k, init_v, from_k, from_v), outs = refs[:8], refs[8:]
-    k_bar, v_bar, a_bar, g_bar, at, before, *init_bar = outs
-    init_k_bar, init_v_bar = init_bar or (None, None)
-    one_pass = lambda *args: _one_pass(plan, rows, a[...].astype(jnp.float32), *args)
-    w_bar, a_bar_k, *numbers = one_pass(
-      z_k[...], x_k[...], k[...], s_k, s_k_bar, init_k, from_k[...], init_k_bar
-    )
-    k_bar[...] = w_bar.astype(k_bar.dtype)
-    w_bar, a_bar_v, *more = one_pass(
-      z_v[...], x_v[...], v[...], s_v, s_v_bar, init_v, from_v[...], init_v_bar
-    )
-    v_bar[...] = w_bar.astype(v_bar.dtype)
-    a_bar[...] = (a_bar_k + a_bar_v).astype(a_bar.dtype)
-    for ref, x, y in zip((g_bar, at, before), numbers, more):
-      ref[...] = x + y
+  def trellis_writes_backward(rows, a, *refs):
+    (gu_k, gu_v, z_k, z_v, x_k, x_v, k, v), refs = refs[:8], refs[8:]
+    (s_k, s_v, s_k_bar, s_v_bar, init_k, init_v), refs = refs[:6], refs[6:]
+    k_bar, v_bar, a_bar, g_bar, at, before, z_k_bar, z_v_bar, *init_bar = refs[2:]
+    _codes(plan, rows, a, ((z_k, x_k, z_k_bar), (z_v, x_v, z_v_bar)), a_bar, g_bar)
+    wait(plan)
+    numbers = _one_pass(plan, rows, z_k_bar, gu_k, k, s_k, s_k_bar, init_k, k_bar, init_bar[:1])
+    more = _one_pass(plan, rows, z_v_bar, gu_v, v, s_v, s_v_bar, init_v, v_bar, init_bar[1:])
+    at[...], before[...] = (x + y for x, y in zip(numbers, more))
 
-  of_rows, tokens, codes, memory, initial = readout.specs(plan, rows.shape[2], d, width, m)
-  own_row = tile((None, None, BLOCK), lambda h, r, b: (b, h, r))
-  fp32 = jnp.float32
-  out_specs = [tokens(d), tokens(width), tokens(m)] + [own_row] * 3
-  out_shape = [(y.shape, y.dtype) for y in (k, v, alpha)] + [((b, h, num_slots), fp32)] * 3
-  if plan.runs:
-    out_specs += [memory(d), memory(width)]
-    out_shape += [((b, h, blocks, m, w), fp32) for w in (d, width)]
+  own = readout.Specs(plan, rows, z, k)
+  tokens, memories = own.tokens, [own.memory(d), own.memory(width)]
+  by_token, fp32 = z.shape[1:4], jnp.float32
+  in_specs = [own.rows, tokens(m), *[own.codes(0), own.codes(1)] * 3, tokens(d), tokens(width)]
+  in_specs += [*memories * 2, own.init(d), own.init(width), tokens(d), tokens(width)]
+  out_shape = [(k_bar.shape, k_bar.dtype), (v_bar.shape, v_bar.dtype), (alpha.shape, alpha.dtype)]
+  out_shape += [(by_token, fp32)] * 3 + [(z.shape[1:], plan.operand)] * 2
   outs = call(
     plan,
     trellis_writes_backward,
-    (h, blocks, b),
-    [of_rows, tokens(m), codes(0), codes(1), codes(0), codes(1), tokens(d), tokens(width)]
-    + [memory(d), memory(width)] * 2
-    + [initial(d), initial(width), tokens(d), tokens(width)],
-    out_specs,
-    out_shape,
-    warps=4 if max(d, width, m) <= 64 else 8,
+    own.grid,
+    in_specs,
+    [tokens(d), tokens(width), tokens(m), *[own.own_row] * 3, *[own.own_codes] * 2]
+    + memories * plan.runs,
+    out_shape + [(s.shape, fp32) for s in states] * plan.runs,
+    warps=8,
     stages=1,
-  )(rows, alpha, z, z, x, x, k, v, *states, *end_bar, *init, k_bar, v_bar)
-  return (*outs[:6], tuple(outs[6:]) if plan.runs else None)
+    aliases={len(in_specs) - 2: 0, len(in_specs) - 1: 1},
+  )(rows, alpha, gu, gu, z, z, x, x, k, v, *states, *end_bar, *init, k_bar, v_bar)
+  return (*outs[:6], tuple(outs[8:]) if plan.runs else None)

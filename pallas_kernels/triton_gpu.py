@@ -83,7 +83,7 @@ def _survives(plan, chunks, last):
 def forward(spec, inputs, start, init, rows, save: bool):
   """Returns (o [B N H V], end, kept, saved), as `trellis_jax/ops/chunked.py` says.
 
-  `saved` is (g U, Z, memories at the block starts).
+  `saved` is (g U, Z, Y, memories at the block starts).
   """
   plan, x, log_beta, gamma, run = _prepare(spec, inputs, rows)
   tokens, chunks = evolve.scalars(plan, log_beta, gamma, run)
@@ -91,35 +91,39 @@ def forward(spec, inputs, start, init, rows, save: bool):
     plan, x.k, x.v, x.alpha, tokens, chunks, rows.last.astype(jnp.int32), start, init, save
   )
   by_token = readout.scalars(plan, log_beta, run)
-  o = readout.forward(plan, x.q, x.k, x.v, gu, by_token, states, init)
+  o, y = readout.forward(plan, x.q, x.k, x.v, gu, by_token, states, init, save)
   if plan.runs:
     survives = _survives(plan, chunks, rows.last)
     kept = tuple(jnp.where(survives, s, s0[None]) for s, s0 in zip(kept, init))
-  return o[:, : inputs.q.shape[1]], end, kept, (gu, z, states) if save else None
+  return o[:, : inputs.q.shape[1]], end, kept, (gu, z, y, states) if save else None
 
 
 def backward(spec, inputs, start, init, rows, saved, cts):
   """Returns the cotangents of (inputs, start, init) for those of (o, end, kept)."""
   o_bar, end_bar, kept_bar = cts
-  gu, z, states = saved
+  gu, z, y, states = saved
   plan, x, log_beta, gamma, run = _prepare(spec, inputs, rows)
   slots = inputs.q.shape[1]
   o_bar = jnp.pad(o_bar, [(0, 0), (0, x.q.shape[1] - slots), (0, 0), (0, 0)])
   by_token = readout.scalars(plan, log_beta, run)
-  q_bar, k_bar, v_bar, gu_bar, states_bar, init_bars, parts = readout_backward.backward(
-    plan, x.q, x.k, x.v, gu, by_token, states, init, o_bar
+  v_bar, gu_v_bar, s_v_bar, y_bar, parts, init_v_bars = readout_backward.values(
+    plan, y, x.v, gu, by_token, states[1], init[1], o_bar
   )
+  q_bar, k_bar, gu_k_bar, s_k_bar, more, init_k_bars = readout_backward.keys(
+    plan, x.q, x.k, gu, by_token, states[0], init[0], y_bar
+  )
+  parts = parts + more
   tokens, chunks = evolve.scalars(plan, log_beta, gamma, run)
   init_bar = [jnp.zeros_like(s) for s in init]
   if plan.runs:
-    init_bar = [jnp.sum(s, axis=(0, 2)) for s in init_bars]
+    init_bar = [jnp.sum(s, axis=(0, 2)) for s in (init_k_bars, init_v_bars)]
 
   survives = _survives(plan, chunks, rows.last)
   chunk_count = slots // plan.chunk
   here = ((rows.last >= 0) & (rows.last < chunk_count))[:, None, None, None]
   last = jnp.clip(rows.last, 0, chunk_count - 1)
   w_bar, log_beta_bar = [k_bar, v_bar], jnp.zeros_like(log_beta)
-  gu_bar, states_bar = list(gu_bar), list(states_bar)
+  gu_bar, states_bar = [gu_k_bar, gu_v_bar], [s_k_bar, s_v_bar]
   for i, w in enumerate((x.k, x.v)):
     mine = jnp.where(here & survives, kept_bar[i], 0)
     more, add = kept_memory.backward(plan, last, mine, run, states[i], init[i], w, gu[i], log_beta)
@@ -133,7 +137,7 @@ def backward(spec, inputs, start, init, rows, saved, cts):
   )
   by_token_of_writes = writes_backward.scalars(plan, log_beta, gamma, run)
   k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bars = writes_backward.backward(
-    plan, x.k, x.v, x.alpha, by_token_of_writes, z, cotangents, states, ends_bar, init, *w_bar
+    plan, x.k, x.v, x.alpha, by_token_of_writes, gu, z, cotangents, states, ends_bar, init, *w_bar
   )
   if plan.runs:
     init_bar = [s + jnp.sum(more, axis=(0, 2)) for s, more in zip(init_bar, init_bars)]
@@ -141,7 +145,7 @@ def backward(spec, inputs, start, init, rows, saved, cts):
   back = lambda g, like: jnp.swapaxes(g, 1, 2).astype(like.dtype)
   grads = x._replace(
     q=q_bar.astype(x.q.dtype),
-    k=k_bar,
+    k=k_bar.astype(x.k.dtype),
     v=v_bar,
     alpha=alpha_bar,
     log_beta=back(log_beta_bar, x.log_beta),

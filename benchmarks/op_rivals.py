@@ -1,0 +1,101 @@
+"""The ops that `benchmarks/op.py` is compared to, where PyTorch and a CUDA device are there.
+
+Gated DeltaNet and gated slot attention of flash-linear-attention, and PyTorch's flash attention:
+heads, widths, slots, dtype and lengths are those of the op, inputs are random. Nothing here is
+imported otherwise, and a package that is missing is a line in the table's foot.
+"""
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+
+
+def available() -> tuple[dict[str, Callable], list[str]]:
+  """Returns ({name: make(shape) -> call(seed)}, one sentence for each rival that is not there)."""
+  found, missing = {}, []
+  torch = _import("torch")
+  if torch is None or not torch.cuda.is_available():
+    why = "torch is not installed" if torch is None else "torch sees no CUDA device"
+    return {}, [f"no rivals: {why}"]
+  for name, module, make in (
+    ("chunk_gated_delta_rule", "fla.ops.gated_delta_rule", _delta_rule),
+    ("chunk_gsa", "fla.ops.gsa", _slot_attention),
+  ):
+    ops = _import(module)
+    if ops is None:
+      missing.append(f"no {name}: flash-linear-attention or triton is not installed")
+    else:
+      found[name] = lambda shape, ops=ops, make=make: make(torch, ops, shape)
+  found["flash attention"] = lambda shape: _attention(torch, shape)
+  return found, missing
+
+
+def _import(name: str):
+  try:
+    return importlib.import_module(name)
+  except ImportError:
+    return None
+
+
+def _inputs(torch, shape, *widths):
+  b, t, h = shape["B"], shape["T"], shape["H"]
+  draw = lambda width: torch.randn(b, t, h, width, device="cuda", dtype=torch.bfloat16)
+  unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype)
+  return [unit(draw(width)).requires_grad_() for width in widths]
+
+
+def _gates(torch, shape, *more):
+  size = (shape["B"], shape["T"], shape["H"], *more)
+  draw = lambda: torch.randn(*size, device="cuda")
+  return torch.nn.functional.logsigmoid(draw() + 4).requires_grad_(), torch.sigmoid(draw())
+
+
+def _delta_rule(torch, ops, shape):
+  q, k, v = _inputs(torch, shape, shape["D"], shape["D"], shape["V"])
+  g, beta = _gates(torch, shape)
+  beta.requires_grad_()
+  return (lambda: ops.chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]), (q, k, v, g, beta)
+
+
+def _slot_attention(torch, ops, shape):
+  q, k, v = _inputs(torch, shape, shape["D"], shape["D"], shape["V"])
+  g, _ = _gates(torch, shape, shape["M"])
+  s = (1 - g.detach().exp()).to(torch.bfloat16).requires_grad_()
+  return (lambda: ops.chunk_gsa(q, k, v, s=s, g=g)[0]), (q, k, v, s, g)
+
+
+def _attention(torch, shape):
+  q, k, v = _inputs(torch, shape, shape["D"], shape["D"], shape["V"])
+  heads = lambda x: x.transpose(1, 2)
+  kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+  attend = torch.nn.functional.scaled_dot_product_attention
+
+  def call():
+    with kernel:
+      return heads(attend(heads(q), heads(k), heads(v), is_causal=True))
+
+  return call, (q, k, v)
+
+
+def seconds(make: Callable, shape: dict, rounds: int) -> tuple[float, float]:
+  """Returns the median seconds of (forward, forward and backward) of fresh random inputs."""
+  import torch
+
+  def measure(backward: bool) -> float:
+    times = []
+    for i in range(rounds + 3):
+      call, inputs = make(shape)
+      torch.cuda.synchronize()
+      start = time.perf_counter()
+      if backward:
+        torch.autograd.grad(call().float().square().sum(), inputs)
+      else:
+        with torch.no_grad():
+          call()
+      torch.cuda.synchronize()
+      if i >= 3:  # the first ones compile and tune
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+  return measure(False), measure(True)
