@@ -78,15 +78,23 @@ def test_an_untrained_forecaster_is_its_linear_path_and_repeats_the_mean():
   np.testing.assert_allclose(forecaster(_x()), want, atol=1e-4)
 
 
+def _by_hand(x, phase, cycle, weights):
+  """The forecast without blocks, in numpy."""
+  length, horizon = weights.shape
+  rows = (np.asarray(phase)[:, None] + np.arange(length + horizon)[None]) % len(cycle)
+  mean, deviation = x.mean(1, keepdims=True), np.sqrt(x.var(1, keepdims=True) + 1e-5)
+  z = (x - mean) / deviation - cycle[rows[:, :length]]
+  y = np.einsum("bln,lh->bhn", z, weights) + cycle[rows[:, length:]]
+  return mean + deviation * y
+
+
 def test_the_cycle_is_read_at_the_rows_of_window_and_forecast():
-  forecaster = Forecaster(_config(period=7), rngs=nnx.Rngs(0))
+  forecaster = _live(Forecaster(_config(period=7, num_layers=0), rngs=nnx.Rngs(0)))
   cycle = np.random.default_rng(0).normal(size=(7, N)).astype(np.float32)
   forecaster.cycle[...] = jnp.asarray(cycle)
   phase = np.array([3, 6])
-  rows = lambda first, n: np.stack([cycle[(p + first + np.arange(n)) % 7] for p in phase])
-  level = np.array([1.0, -2.0], np.float32)[:, None, None]
-  got = forecaster(jnp.asarray(rows(0, L) + level), jnp.asarray(phase))
-  np.testing.assert_allclose(got, rows(L, H) + level, atol=1e-5)
+  want = _by_hand(np.asarray(_x()), phase, cycle, np.asarray(forecaster.linear[...]))
+  np.testing.assert_allclose(forecaster(_x(), jnp.asarray(phase)), want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_the_command_trains_and_appends_its_line(path, tmp_path, capsys):
   assert len(metrics.read(results)) == 5
 
 
-def test_errors_count_every_window_once(path):
+def test_the_start_is_closed_form_and_errors_count_every_window_once(path):
   flags = [f"--config.data.path={path}", "--config.model.num_layers=0"]
   cfg = settings.parse(["main", *FLAGS, *flags])
   series = settings.load(cfg)
@@ -168,15 +176,31 @@ def test_errors_count_every_window_once(path):
   program = train._Program.of(model, cfg)
   params = program.init(jax.random.key(0)) | {"linear": jnp.asarray(weights, jnp.float32)}
   params |= {"cycle": jnp.asarray(cycle)}
-  starts = series.starts("test", 12, 5)
-  assert len(starts) % program.EVAL_BATCH
   values, phase = jnp.asarray(series.values), jnp.asarray(series.phase)
-  got = program.errors(params, values, phase, starts)
-  rest = dataclasses.replace(series, values=series.values - cycle[series.phase])
-  want = linear.Linear(weights, np.zeros(5), True, 0.0).errors(rest, "test")
-  assert got == pytest.approx(want, rel=1e-3)
-  train_rows = series.values[: series.rows[0]]
-  np.testing.assert_allclose(cycle[5], train_rows[5::24].mean(0), atol=1e-6)
+
+  def errors(split):
+    starts = series.starts(split, 12, 5)
+    assert len(starts) % program.EVAL_BATCH
+    rows = np.stack([series.values[s : s + 17] for s in starts])
+    wrong = _by_hand(rows[:, :12], series.phase[starts], cycle, weights) - rows[:, 12:]
+    got = program.errors(params, values, phase, starts)
+    assert got == pytest.approx((np.mean(wrong**2), np.mean(np.abs(wrong))), rel=1e-4)
+    return got
+
+  errors("test")
+  # The best cycle leaves nothing of the train windows at a phase, in units of the deviation.
+  left, starts = np.zeros((24, 2)), series.starts("train", 12, 5)
+  for s in starts:
+    rows = series.values[s : s + 17]
+    deviation = np.sqrt(rows[:12].var(0) + 1e-5)
+    at = series.phase[s : s + 17]
+    np.add.at(left, at, deviation * (rows - rows[:12].mean(0) - deviation * cycle[at]))
+  np.testing.assert_allclose(left / len(starts), 0, atol=1e-5)
+  best = errors("train").mse
+  for name in ("linear", "cycle"):
+    noise = 0.05 * jax.random.normal(jax.random.key(1), params[name].shape)
+    worse = params | {name: params[name] + noise}
+    assert program.errors(worse, values, phase, starts).mse > best
 
 
 def test_training_stops_early_and_keeps_the_best(path):

@@ -2,15 +2,16 @@ r"""A forecaster of many channels over any mixer.
 
 For a window x [L, N] of a series whose first row is at place p of its cycle of W rows, per channel:
 
-  r        = x - c[p .. p+L)                       c [W, N] learned (CycleNet, Lin et al. 2024)
-  z        = (r - mean r) / deviation r            per window (RevIN, Kim et al. 2022)
+  m, d     = mean, deviation of x                  per window (RevIN, Kim et al. 2022)
+  z        = (x - m) / d - c[p .. p+L)             c [W, N] learned (CycleNet, Lin et al. 2024)
   tokens   = W_e z + channel's vector              patches of z (PatchTST, Nie et al. 2023), or all
                                                    of z, channels side by side (iTransformer, Liu
                                                    et al. 2024)
-  h        = blocks(tokens)                        x + mixer(norm x), then x + mlp(norm x)
+  h        = blocks(tokens)                        x + mixer(norm x), then x + mlp(norm x); over
+                                                   channels every other block reads them backwards
   y        = A z + W_o norm(h)                     A [L, horizon] one map for all channels (NLinear,
                                                    Zeng et al. 2023)
-  forecast = y deviation r + mean r + c[p+L .. p+L+horizon)
+  forecast = m + d (y + c[p+L .. p+L+horizon))
 
 W_o starts at 0, so an untrained forecaster is its linear map A, whose start is the caller's:
 zeros repeat the window's mean. With `num_layers=0` it stays a linear map of z.
@@ -139,14 +140,13 @@ class Forecaster(nnx.Module):
         f"channels={cfg.channels}]"
       )
     cycle = self.cycle_of(x.shape[0], phase)
-    r = x - cycle[:, : cfg.lookback]
-    mean = jnp.mean(r, axis=1, keepdims=True)
-    deviation = jnp.sqrt(jnp.var(r, axis=1, keepdims=True) + cfg.eps)
-    z = (r - mean) / deviation
-    y = jnp.einsum("bln,lh->bhn", z, self.linear[...])
+    mean = jnp.mean(x, axis=1, keepdims=True)
+    deviation = jnp.sqrt(jnp.var(x, axis=1, keepdims=True) + cfg.eps)
+    z = (x - mean) / deviation - cycle[:, : cfg.lookback]
+    y = jnp.einsum("bln,lh->bhn", z, self.linear[...]) + cycle[:, cfg.lookback :]
     if cfg.num_layers:
       y = y + self.mixed(jnp.swapaxes(z, 1, 2), rngs)
-    return y * deviation + mean + cycle[:, cfg.lookback :]
+    return y * deviation + mean
 
   def cycle_of(self, batch: int, phase=None) -> Float[Array, "B L+horizon N"]:
     """Returns the cycle at the rows of the windows and of their forecasts."""

@@ -54,41 +54,57 @@ def fit(
   series: Series, lookback: int, horizon: int, *, centred: bool = False, ridges=RIDGES
 ) -> Linear:
   """The least-squares map of the train windows; the ridge is chosen on validation."""
-  starts = series.starts("train", lookback, horizon)
-  gram, cross = 0.0, 0.0
-  for x, y in _windows(series.values, starts, lookback, horizon):
-    mean = x.mean(1, keepdims=True) if centred else np.float32(0)
-    v = np.swapaxes(x - mean, 1, 2).reshape(-1, lookback).astype(np.float64)
-    v = np.pad(v, ((0, 0), (0, 1)), constant_values=0.0 if centred else 1.0)
-    gram = gram + v.T @ v
-    cross = cross + v.T @ np.swapaxes(y - mean, 1, 2).reshape(-1, horizon)
-  unit = np.trace(gram[:-1, :-1]) / lookback
-  penalty = np.eye(lookback + 1) * unit
-  penalty[-1, -1] = 1.0 if centred else 0.0  # a bias is not shrunk; a centred map has none
-  fitted = []
-  for ridge in ridges:
-    shrink = penalty * ridge
-    shrink[-1, -1] = penalty[-1, -1]
-    w = np.linalg.solve(gram + shrink, cross)
-    fitted.append(Linear(w[:-1], w[-1], centred, ridge))
+
+  def pairs():
+    for x, y, _ in windows(series, "train", lookback, horizon):
+      mean = x.mean(1, keepdims=True) if centred else np.float32(0)
+      yield x - mean, y - mean
+
+  solved = least_squares(pairs(), ridges, bias=not centred)
+  fitted = [Linear(w, b, centred, ridge) for ridge, (w, b) in zip(ridges, solved)]
   if len(fitted) == 1:
     return fitted[0]
   return min(fitted, key=lambda m: m.errors(series, "validation").mse)
 
 
-def _windows(values: np.ndarray, starts: np.ndarray, lookback: int, horizon: int):
-  """Yields (x [B, L, N], y [B, horizon, N])."""
-  view = np.lib.stride_tricks.sliding_window_view(values, lookback + horizon, axis=0)
-  step = max(1, _ROWS // values.shape[1])
+def least_squares(pairs, ridges, *, bias: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(weights [L, horizon], bias [horizon]) for each ridge.
+
+  Args:
+    pairs: (inputs [B, L, N], targets [B, horizon, N]), all channels and windows alike.
+    ridges: in units of the inputs' mean square; the bias is not shrunk.
+    bias: whether there is one.
+  """
+  gram, cross = 0.0, 0.0
+  for x, y in pairs:
+    v = np.swapaxes(x, 1, 2).reshape(-1, x.shape[1]).astype(np.float64)
+    v = np.pad(v, ((0, 0), (0, 1)), constant_values=float(bias))
+    gram = gram + v.T @ v
+    cross = cross + v.T @ np.swapaxes(y, 1, 2).reshape(-1, y.shape[1])
+  size = len(gram) - 1
+  unit = np.trace(gram[:size, :size]) / size
+  found = []
+  for ridge in ridges:
+    penalty = np.append(np.full(size, ridge * unit), 0.0 if bias else 1.0)
+    w = np.linalg.solve(gram + np.diag(penalty), cross)
+    found.append((w[:-1], w[-1]))
+  return found
+
+
+def windows(series: Series, split: str, lookback: int, horizon: int):
+  """Yields (x [B, L, N], y [B, horizon, N], first rows [B]) of all windows of a split."""
+  starts = series.starts(split, lookback, horizon)
+  view = np.lib.stride_tricks.sliding_window_view(series.values, lookback + horizon, axis=0)
+  step = max(1, _ROWS // series.values.shape[1])
   for i in range(0, len(starts), step):
-    windows = np.swapaxes(view[starts[i] : starts[min(i + step, len(starts)) - 1] + 1], 1, 2)
-    yield windows[:, :lookback], windows[:, lookback:]
+    at = starts[i : i + step]
+    rows = np.swapaxes(view[at[0] : at[-1] + 1], 1, 2)
+    yield rows[:, :lookback], rows[:, lookback:], at
 
 
 def _errors(series: Series, split: str, lookback: int, horizon: int, forecast) -> Errors:
   squared = absolute = count = 0.0
-  starts = series.starts(split, lookback, horizon)
-  for x, y in _windows(series.values, starts, lookback, horizon):
+  for x, y, _ in windows(series, split, lookback, horizon):
     error = (forecast(x) - y).astype(np.float64)
     squared += float(np.sum(error * error))
     absolute += float(np.sum(np.abs(error)))

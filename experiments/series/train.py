@@ -29,6 +29,8 @@ LOSSES = {
   "huber": lambda e: optax.losses.huber_loss(e, delta=1.0),
 }
 
+RIDGE = 1e-3  # of the linear path's start, in units of its inputs' mean square
+
 
 @dataclasses.dataclass
 class Result:
@@ -51,15 +53,40 @@ class Result:
   parameters: int
 
 
+@functools.lru_cache(maxsize=1)
 def start(series: Series, cfg: ForecasterConfig) -> tuple[np.ndarray, np.ndarray]:
-  """(cycle [W, N], map A [L, horizon]): the train rows' mean by phase, then least squares."""
-  train = series.values[: series.rows[0]]
-  phase = series.phase[: series.rows[0]] % cfg.period
-  cycle = np.zeros((cfg.period, cfg.channels), np.float32)
-  if cfg.period > 1:
-    cycle = np.stack([train[phase == p].mean(0) for p in range(cfg.period)])
-  rest = dataclasses.replace(series, values=series.values - cycle[series.phase % cfg.period])
-  return cycle, linear.fit(rest, cfg.lookback, cfg.horizon, centred=True).weights
+  """(cycle [W, N], map A [L, horizon]) in closed form, one after the other, from the train windows.
+
+  With a window's mean m and deviation d, the cycle is the c of the least error of m + d c over all
+  rows of windows and forecasts, so sum d (x - m) / sum d^2 by phase, and A the least-squares map
+  from x - m - d c to y - m - d c.
+  """
+  parts = functools.partial(linear.windows, series, "train", cfg.lookback, cfg.horizon)
+  length, period = cfg.lookback + cfg.horizon, cfg.period
+  moved, weight = np.zeros((2, period, cfg.channels))
+  for x, y, at in parts() if period > 1 else ():
+    mean, deviation = _level(x, cfg.eps)
+    first = series.phase[at] % period
+    moves = deviation * (np.concatenate([x, y], axis=1) - mean)
+    for p in np.unique(first):
+      rows = (p + np.arange(length)) % period
+      np.add.at(moved, rows, moves[first == p].sum(0))
+      np.add.at(weight, rows, (deviation[first == p] ** 2).sum(0).repeat(length, axis=0))
+  cycle = (moved / np.maximum(weight, cfg.eps)).astype(np.float32)
+
+  def pairs():
+    for x, y, at in parts():
+      mean, deviation = _level(x, cfg.eps)
+      rows = (series.phase[at][:, None] + np.arange(length)[None]) % period
+      level = mean + deviation * cycle[rows]
+      yield x - level[:, : cfg.lookback], y - level[:, cfg.lookback :]
+
+  return cycle, linear.least_squares(pairs(), (RIDGE,), bias=False)[0][0]
+
+
+def _level(x: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+  """(mean, deviation) of windows [B, L, N], each [B, 1, N], as the forecaster takes them."""
+  return x.mean(1, keepdims=True), np.sqrt(x.var(1, keepdims=True) + eps)
 
 
 def run(
