@@ -7,6 +7,7 @@ A study is a file of experiments/configs/study with `SEEDS`, `LEARNING_RATES`, `
 `cells()`, which yields (labels, config). Every replica adds a line to
 benchmarks/results/study/NAME.jsonl and is not run again unless its config changes; NAME.md holds
 the table. Of a setting's learning rates the table shows the one with the best mean over seeds.
+Where `LEARNING_RATES` is empty a setting has the one of its config, and is shown as it is.
 """
 
 import argparse
@@ -43,6 +44,11 @@ def get(name: str):
   return importlib.import_module(f"experiments.configs.study.{name}")
 
 
+def rates(study, cfg) -> tuple[float, ...]:
+  """The learning rates that a setting is run with."""
+  return tuple(study.LEARNING_RATES) or (cfg.optim.peak_lr,)
+
+
 def settings(cfg) -> dict[str, Any]:
   """What of a config decides a replica's numbers, apart from its seed and learning rate."""
   fields = {k: v for k, v in json.loads(cfg.to_json_best_effort()).items() if k in _FIELDS}
@@ -66,7 +72,7 @@ def run(study, only: dict[str, str], path: pathlib.Path, console: rich.console.C
     wanted = settings(cfg)
     same = lambda line: line["labels"] == labels and line["settings"] == wanted
     have = {(line["seed"], line["peak_lr"]) for line in lines if same(line)}
-    if all((s, r) in have for s in study.SEEDS for r in study.LEARNING_RATES):
+    if all((s, r) in have for s in study.SEEDS for r in rates(study, cfg)):
       continue
     lines = [line for line in lines if line["labels"] != labels]
     name = " ".join(f"{k}={v}" for k, v in labels.items())
@@ -101,7 +107,7 @@ def _train(study, cfg, name: str, console: rich.console.Console) -> list[replica
       shown = " ".join(f"{r.train_accuracy[-1]:.2f}" for r in now)
       progress.update(task, completed=step, description=f"{name} {shown}")
 
-    return replicas.train(cfg, study.SEEDS, study.LEARNING_RATES, on_log)
+    return replicas.train(cfg, study.SEEDS, rates(study, cfg), on_log)
 
 
 def _lm(cfg):
@@ -162,13 +168,14 @@ def table(study, lines: list[dict[str, Any]]) -> str:
 def report(study, name: str, lines: list[dict[str, Any]]) -> str:
   """The text of NAME.md."""
   revisions = " ".join(sorted({line["revision"] for line in lines})) or "none yet"
-  rates = ", ".join(f"{r:g}" for r in study.LEARNING_RATES)
+  swept = ", ".join(f"{r:g}" for r in study.LEARNING_RATES)
+  swept = f"; learning rates {swept}, of which each cell shows the best" if swept else ""
   about = study.__doc__.split("\n\n", 2)[-1].strip()
   return f"""    python -m experiments.study {name}
 
 {about}
 
-Seeds {", ".join(map(str, study.SEEDS))}; learning rates {rates}, of which each cell shows the best:
+Seeds {", ".join(map(str, study.SEEDS))}{swept}:
 mean accuracy on held-out examples (least-most over seeds), then the median step at which more than
 half of a batch is answered right. A replica whose numbers are no longer finite counts as 0.
 Revisions: {revisions}.

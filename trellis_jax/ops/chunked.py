@@ -1,10 +1,10 @@
 r"""Implementation "xla": `jax.lax.scan` over chunks, on every platform JAX runs on.
 
 Tokens are taken in blocks of a few chunks. In a block the memories evolve chunk by chunk
-(`evolve`), then all reads of the block are done at once (`readout`). The backward stores the
-memories at the block starts and the inputs, and recomputes the rest block by block, so the
-temporary memory of a training step grows by M (D + V) / L floats per token and head, L the
-tokens of a block.
+(`evolve`; for C = 1 token by token, but without a memory per token: `substitution`), then all
+reads of the block are done at once (`readout`). The backward stores the memories at the block
+starts and the inputs, and recomputes the rest block by block, so the temporary memory of a
+training step grows by M (D + V) / L floats per token and head, L the tokens of a block.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trellis_jax.ops import decay, evolve, readout
+from trellis_jax.ops import decay, evolve, readout, substitution
 from trellis_jax.ops.spec import Spec
 
 # Tokens in a block: enough work in the parallel reads to outweigh the loop around them, little
@@ -160,15 +160,36 @@ def _slice(plan: _Plan, inputs: Inputs, rows: Rows, i):
 
 def _block(spec: Spec, plan: _Plan, start, anchor, init, kept, x: Inputs, run, entry, last):
   """Returns (memories at the end, anchors kept, o [B L H V]) of one block of tokens."""
-  acc = start[0].dtype
-  chunks = jax.tree.map(lambda x: _cut(x.astype(acc), plan.chunk), x)
-  chunk_runs = _runs(run, entry, plan.chunk)
-  end_decay, total = decay.to_end(chunks.log_beta, chunk_runs)
+  x_dtype, x = x.v.dtype, jax.tree.map(lambda x: x.astype(start[0].dtype), x)
+  runs = _runs(run, entry, plan.read)
+  if spec.chunk_size == 1:
+    reads = jax.tree.map(lambda x: _cut(x, plan.read), x)
+    writes = (reads.k, reads.v)
+    gu, read_starts, end = substitution.evolve(
+      spec, start, init, writes, reads.alpha, reads.gamma, reads.log_beta, runs
+    )
+  else:
+    chunks = jax.tree.map(lambda x: _cut(x, plan.chunk), x)
+    gu, starts, end, kept = _stale(spec, plan, start, anchor, init, kept, chunks, run, entry, last)
+    per_read = plan.read // plan.chunk
+    reads, gu = jax.tree.map(lambda x: _join(x, per_read), (chunks, gu))
+    read_starts = tuple(s[::per_read] for s in starts)
+  q, k, v, _, log_beta, _ = reads
+  o = readout.readout(spec, q, k, v, *gu, log_beta, read_starts, init, runs)
+  n, b, h, r, width = o.shape
+  o = o.transpose(1, 0, 3, 2, 4).reshape(b, n * r, h, width)
+  return end, kept, o.astype(x_dtype)
+
+
+def _stale(spec, plan, start, anchor, init, kept, chunks: Inputs, run, entry, last):
+  """Returns (g U, chunk starts, end, kept) of chunks whose gradients are taken at their starts."""
+  runs = _runs(run, entry, plan.chunk)
+  end_decay, total = decay.to_end(chunks.log_beta, runs)
   restarts = None
   if run is not None:
-    entered = chunk_runs.entered[:, :, None, :, None]
+    entered = runs.entered[:, :, None, :, None]
     restarts = evolve.Restarts(entered, entered[:, :, :, -1:])
-  (gu_k, gu_v), starts, end = evolve.evolve(
+  gu, starts, end = evolve.evolve(
     spec,
     start,
     anchor,
@@ -176,19 +197,9 @@ def _block(spec: Spec, plan: _Plan, start, anchor, init, kept, x: Inputs, run, e
     evolve.Chunks((chunks.k, chunks.v), chunks.alpha, chunks.gamma, end_decay, total),
     restarts,
   )
-  if spec.chunk_size > 1:
-    anchors = starts if anchor is None else tuple(a[None] for a in anchor)
-    kept = tuple(_keep(k, a, s0, last, restarts) for k, a, s0 in zip(kept, anchors, init))
-
-  per_read = plan.read // plan.chunk
-  reads = jax.tree.map(lambda x: _join(x, per_read), (*chunks, gu_k, gu_v))
-  q, k, v, _, log_beta, _, gu_k, gu_v = reads
-  read_starts = tuple(s[::per_read] for s in starts)
-  runs = _runs(run, entry, plan.read)
-  o = readout.readout(spec, q, k, v, gu_k, gu_v, log_beta, read_starts, init, runs)
-  n, b, h, r, width = o.shape
-  o = o.transpose(1, 0, 3, 2, 4).reshape(b, n * r, h, width)
-  return end, kept, o.astype(x.v.dtype)
+  anchors = starts if anchor is None else tuple(a[None] for a in anchor)
+  kept = tuple(_keep(k, a, s0, last, restarts) for k, a, s0 in zip(kept, anchors, init))
+  return gu, starts, end, kept
 
 
 def _cut(x, length):

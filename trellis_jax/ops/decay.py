@@ -5,6 +5,7 @@ With l_t = log b_t and tokens s <= t of one run (a run is a stretch without a re
   carry_t = exp(sum_{r <= t} l_r)         from the block's start, or the run's, through token t
   pair_ts = exp(sum_{s < r <= t} l_r)     from just after token s through token t; 1 for s = t
   end_s   = pair_{L-1, s},   total = carry_{L-1}
+  before  = carry_{t-1} and pair_{t-1, s} of the run of t; 1 and 0 where t begins it
 
 Every sum is of the terms themselves, so l = -inf (erase) is exact forward and backward.
 """
@@ -52,6 +53,23 @@ def within(
   mask = runs.same[..., None, :, :] & lower
   carry = jnp.sum(jnp.where(mask, log_beta[..., None, :], 0), axis=-1)
   return jnp.exp(carry), jnp.where(mask, pair, 0)
+
+
+def before(
+  log_beta: Float[Array, "... H L"], runs: Runs | None
+) -> tuple[Float[Array, "... H L"], Float[Array, "... H L L"]]:
+  """Returns the carry and the pairs to just before each token; pairs are 0 from the diagonal on."""
+  carry, pair = within(log_beta, runs)
+  lead = [(0, 0)] * (log_beta.ndim - 1)
+  carry = jnp.pad(carry[..., :-1], [*lead, (1, 0)], constant_values=1)
+  pair = jnp.pad(pair[..., :-1, :], [*lead, (1, 0), (0, 0)])
+  if runs is None:
+    return carry, pair
+  same = runs.same[..., None, :, :]
+  goes_on = jnp.pad(jnp.diagonal(same, -1, -2, -1), [(0, 0)] * (same.ndim - 2) + [(1, 0)])
+  first = jnp.arange(log_beta.shape[-1]) == 0
+  goes_on = goes_on | first.reshape((1,) * (goes_on.ndim - 1) + (-1,))
+  return jnp.where(goes_on, carry, 1), jnp.where(same, pair, 0)
 
 
 def to_end(
