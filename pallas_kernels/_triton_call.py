@@ -79,6 +79,18 @@ def dot(plan: Plan, x, y, dims=NN):
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def seen(plan: Plan, x, entered, s, init_ref, dims):
+  """Returns x times the memory that its rows' tokens see: s, or the initial one if not `entered`.
+
+  `entered` is fp32 [rows], or None without restarts; most tiles have no restart and one product.
+  """
+  y = dot(plan, x, s, dims)
+  if entered is None:
+    return y
+  both = lambda y: jnp.where(entered[:, None] > 0, y, dot(plan, x, init_ref[...], dims))
+  return jax.lax.cond(jnp.min(entered) > 0, lambda y: y, both, y)
+
+
 def through(plan: Plan, ref, x):
   """Returns x as it is after being stored in `ref`, which every warp then reads.
 

@@ -26,16 +26,20 @@ from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile
 # Rows of the numbers per token and per chunk.
 STEP, END, ENTERED = range(3)
 TOTAL, SURVIVES = range(2)
-STAGES = 2
 
 
-def _launch(plan, m: int, width: int, backward: bool) -> tuple[int, int]:
-  """Returns (tokens of a chunk that a program takes at a time, warps), so that registers suffice.
+def _launch(plan, m: int, width: int, backward: bool) -> tuple[int, int, int]:
+  """Returns (tokens of a chunk that a program takes at a time, warps, stages): registers suffice.
 
   `benchmarks/results/kernel_gpu.md` has what each takes.
   """
-  most = 64 * 64 * 64 // (m * width) if backward else 64 if m <= 64 else 32
-  return min(plan.chunk, most), 4 if m * width <= 64 * 64 and not backward else 8
+  size, fp32 = m * width, plan.operand == jnp.float32
+  most = 64 * 64 * 64 // size if backward else 64 if m <= 64 else 32
+  full = not backward and plan.runs and size > 64 * 128
+  if fp32 or full:
+    most = max(16, most // 2)
+  stages = 1 if full and plan.chunk == 16 else 2
+  return min(plan.chunk, most), 4 if size <= 64 * 64 and not backward else 8, stages
 
 
 def scalars(plan, log_beta, gamma, run):
@@ -55,7 +59,8 @@ def _parts(plan, part: int, write, s):
   return write(0, s) if count == 1 else jax.lax.fori_loop(0, count, write, s)
 
 
-def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, start, init, outs):
+def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, memories, outs):
+  start, init, operand = memories
   gu_ref, z_ref, states_ref, end_ref, kept_ref = outs
 
   def body(c, s):
@@ -72,15 +77,15 @@ def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, start
     def _():
       kept_ref[...] = s
 
-    seen = s.astype(plan.operand)
+    anchor = s.astype(plan.operand)
 
     def write(j, s):
       tokens = pl.ds(at + j * part, part)
       w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
-      z = dot(plan, w, seen, NT)
+      z = dot(plan, w, anchor, NT)
       if plan.runs:
         entered = rows[ENTERED, tokens][:, None] > 0
-        z = jnp.where(entered, z, dot(plan, w, init[...], NT))
+        z = jnp.where(entered, z, dot(plan, w, operand[...], NT))
       u = activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
       gu = rows[STEP, tokens][:, None] * u
       gu_ref[tokens] = gu.astype(gu_ref.dtype)
@@ -89,7 +94,7 @@ def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, start
       return s - dot(plan, rows[END, tokens][:, None] * gu, w, TN)
 
     if plan.runs:
-      s = jnp.where(chunks[SURVIVES, c] > 0, s, init[...])
+      s = jax.lax.cond(chunks[SURVIVES, c] > 0, lambda s: s, lambda s: init[...], s)
     return _parts(plan, part, write, chunks[TOTAL, c] * s)
 
   kept_ref[...] = jnp.zeros(kept_ref.shape, kept_ref.dtype)
@@ -113,17 +118,17 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
   """
   b, num_slots, h, d = k.shape
   width, m, blocks = v.shape[-1], alpha.shape[-1], num_slots // BLOCK
-  part, warps = _launch(plan, m, max(d, width), backward=False)
+  part, warps, stages = _launch(plan, m, max(d, width), backward=False)
 
-  def trellis_evolve(tokens, chunks, last, a, k, v, s_k, s_v, init_k, init_v, *outs):
-    gu, z = outs[0], outs[1] if save else None
-    pairs = outs[1 + save :]
-    for i, (w, start, init) in enumerate(((k, s_k, init_k), (v, s_v, init_v))):
+  def trellis_evolve(tokens, chunks, last, a, *refs):
+    by_pass, outs = refs[:8], refs[8:]
+    gu, z, of_pass = outs[0], outs[1] if save else None, outs[1 + save :]
+    for i in range(2):
+      w, *memories = by_pass[i::2]
 
       @pl.when(pl.program_id(2) == i)
-      def _(w=w, start=start, init=init, of_pass=pairs[i::2]):
-        args = (tokens, chunks, last[0], a, w, start, init, (gu, z, *of_pass))
-        _forward_pass(plan, part, num_slots, *args)
+      def _(w=w, memories=memories, outs=(gu, z, *of_pass[i::2])):
+        _forward_pass(plan, part, num_slots, tokens, chunks, last[0], a, w, memories, outs)
 
   row = lambda *shape: tile((None, None, *shape), lambda h, b, p: (b, h, *(0,) * len(shape)))
   head = lambda *shape: tile((None, *shape), lambda h, b, p: (h, 0, 0))
@@ -138,12 +143,13 @@ def forward(plan, k, v, alpha, tokens, chunks, last, start, init, save: bool):
     trellis_evolve,
     (h, b, 2),
     [row(*tokens.shape[2:]), row(*chunks.shape[2:]), tile((1,), lambda h, b, p: (b,))]
-    + [slots(m), slots(d), slots(width), row(m, d), row(m, width), head(m, d), head(m, width)],
+    + [slots(m), slots(d), slots(width), row(m, d), row(m, width)]
+    + [head(m, d), head(m, width)] * 2,
     [codes] * (1 + save) + [row(*s[0][2:]) for s in (*states, *ends)],
     [*all_codes, *states, *ends],
     warps=warps,
-    stages=STAGES,
-  )(tokens, chunks, last, alpha, k, v, *start, *init)
+    stages=stages,
+  )(tokens, chunks, last, alpha, k, v, *start, *init, *(s.astype(plan.operand) for s in init))
   gu, *rest = outs
   z = rest.pop(0) if save else None
   return gu, z, tuple(rest[:2]), tuple(rest[2:4]), tuple(rest[4:])
@@ -208,7 +214,7 @@ def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
   """
   b, num_slots, h, d = k.shape
   width, m = v.shape[-1], alpha.shape[-1]
-  part, warps = _launch(plan, m, max(d, width), backward=True)
+  part, warps, stages = _launch(plan, m, max(d, width), backward=True)
 
   def trellis_evolve_backward(tokens, chunks, a, z, *refs):
     pairs, x, outs = refs[:8], refs[8], refs[9:]
@@ -234,6 +240,6 @@ def reverse(plan, k, v, alpha, tokens, chunks, z, gu_bar, states_bar, end_bar):
     [codes] + [row(*s[0][2:]) for s in (*states, *starts)],
     [(z.shape, plan.operand), *states, *starts],
     warps=warps,
-    stages=STAGES,
+    stages=stages,
   )(tokens, chunks, alpha, z, *gu_bar, k, v, *states_bar, *end_bar)
   return x, tuple(rest[:2]), tuple(rest[2:])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
-from pallas_kernels._triton_call import BLOCK, NN, NT, call, dot, tile
+from pallas_kernels._triton_call import BLOCK, NN, NT, call, dot, seen, tile
 
 # Rows of the numbers per token.
 HI, LO, FIRST, CARRY, ENTERED = range(5)
@@ -39,13 +39,10 @@ def pair(hi, lo, first, hi_s, lo_s, before):
 
 
 def read(plan, rows, x, s, init, dims):
-  """Returns (carried part, carry [t, 1], whether it is that of s or None) of a read of x."""
+  """Returns (carried part, carry [t, 1], whether it is that of s [t] or None) of a read of x."""
   carry = rows[CARRY, :][:, None]
-  through = dot(plan, x, s, dims)
-  if not plan.runs:
-    return carry * through, carry, None
-  entered = rows[ENTERED, :][:, None] > 0
-  return carry * jnp.where(entered, through, dot(plan, x, init[...], dims)), carry, entered
+  entered = rows[ENTERED, :] if plan.runs else None
+  return carry * seen(plan, x, entered, s, init, dims), carry, entered
 
 
 def block_pair(rows):
@@ -65,7 +62,6 @@ class Specs:
     num_slots, h = like.shape[1:3]
     m = gu.shape[-1]
     self.grid = (h, num_slots // BLOCK, like.shape[0])
-    self.warps = 4 if max(like.shape[-1], m) <= 64 else 8
     self.rows = tile((None, None, rows.shape[2], BLOCK), lambda h, r, b: (b, h, 0, r))
     self.tokens = lambda w: tile((None, BLOCK, None, w), lambda h, r, b: (b, r, h, 0))
     self.codes = lambda i: tile((None, None, None, BLOCK, m), lambda h, r, b: (i, b, h, r, 0))
@@ -84,7 +80,7 @@ def forward(plan, q, k, v, gu, rows, states, init, save: bool):
     gu: [2 B H N M], g U of both passes.
     rows: from `scalars`.
     states: (S_k, S_v) [B H blocks M D | V] at the block starts.
-    init: (S_k, S_v) [H M D | V].
+    init: (S_k, S_v) [H M D | V] in the operands' dtype.
     save: whether Y is wanted.
   """
   d, width = q.shape[-1], v.shape[-1]

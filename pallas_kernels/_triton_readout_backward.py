@@ -18,6 +18,7 @@ in which what lies behind the token cancels: both sides sum the same products of
 """
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_readout as readout
@@ -34,16 +35,28 @@ def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
   """Stores (carry x)^T y, split by whether the token read S or the initial memory."""
   x = carry * x.astype(jnp.float32)
   if plan.runs:
-    init_bar_refs[0][...] = dot(plan, jnp.where(entered, 0, x), y, TN)
-    x = jnp.where(entered, x, 0)
+    init_bar = init_bar_refs[0]
+
+    @pl.when(jnp.min(entered) > 0)
+    def _():
+      init_bar[...] = jnp.zeros_like(init_bar)
+
+    @pl.when(jnp.min(entered) == 0)
+    def _():
+      init_bar[...] = dot(plan, jnp.where(entered[:, None] > 0, 0, x), y, TN)
+
+    x = entered[:, None] * x
   s_bar_ref[...] = dot(plan, x, y, TN).astype(s_bar_ref.dtype)
 
 
 def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, parts, *init_bar):
   decay, value = block_pair(rows), v[...]
-  r = activations.apply(plan, plan.f, y[...].astype(jnp.float32), plan.eps).astype(plan.operand)
-  weights = (dot(plan, r, gu[...], NT) * decay).astype(plan.operand)
-  p, carry, entered = read(plan, rows, r, s[...], init, NN)
+  r_tile = activations.apply(plan, plan.f, y[...].astype(jnp.float32), plan.eps)
+  # Two outputs hold something else first: registers are short, see also `through`.
+  r = y_bar
+  through(plan, r, r_tile)
+  weights = (dot(plan, r[...], gu[...], NT) * decay).astype(plan.operand)
+  p, carry, entered = read(plan, rows, r[...], s[...], init, NN)
   p = p - dot(plan, weights, value)
   p_bar = activations.vjp(plan, plan.phi_out, p, o_bar[...].astype(jnp.float32), plan.eps)
   p_bar = through(plan, v_bar, p_bar)
@@ -51,15 +64,16 @@ def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, p
   v_bar[...] = -dot(plan, weights, p_bar, TN).astype(v_bar.dtype)
 
   weights = (dot(plan, p_bar, value, NT) * decay).astype(plan.operand)
-  from_gu = -dot(plan, weights, r, TN)
+  from_gu = -dot(plan, weights, r[...], TN)
   gu_bar[...] = from_gu.astype(gu_bar.dtype)
   part = row_dot(from_gu, gu[...])
+  _to_memory(plan, r[...], carry, entered, p_bar, s_bar, init_bar)
   r_bar, _, _ = read(plan, rows, p_bar, s[...], init, NT)
   r_bar = r_bar - dot(plan, weights, gu[...])
-  parts[...] = row_dot(r, r_bar) - part
+  parts[...] = row_dot(r[...], r_bar) - part
   y_bar_tile = activations.vjp(plan, plan.f, y[...].astype(jnp.float32), r_bar, plan.eps)
+  wait(plan)
   y_bar[...] = y_bar_tile.astype(y_bar.dtype)
-  _to_memory(plan, r, carry, entered, p_bar, s_bar, init_bar)
 
 
 def _keys(plan, rows, q, k, gu, s, init, y_bar, q_bar, k_bar, gu_bar, s_bar, parts, *init_bar):
@@ -83,7 +97,7 @@ def values(plan, y, v, gu, rows, states, init, o_bar):
   Args:
     plan, v, gu, rows: as in `readout.forward`.
     y: [B H N M], what that saved.
-    states, init: S_v [B H blocks M V] and [H M V].
+    states, init: S_v [B H blocks M V] and [H M V], in the operands' dtype.
     o_bar: [B N H V].
 
   Returns:
@@ -107,7 +121,7 @@ def values(plan, y, v, gu, rows, states, init, o_bar):
     [(v.shape, store), (y.shape, store), (states.shape, store), (y.shape, store)]
     + [(y.shape[:3], jnp.float32)]
     + [(states.shape, jnp.float32)] * plan.runs,
-    warps=at.warps,
+    warps=8,
     stages=1,
   )(rows, y, v, gu, states, init, o_bar)
   return (*outs[:5], outs[5] if plan.runs else None)
@@ -135,7 +149,7 @@ def keys(plan, q, k, gu, rows, states, init, y_bar):
     [(q.shape, store), (k.shape, store), (y_bar.shape, store), (states.shape, store)]
     + [(y_bar.shape[:3], jnp.float32)]
     + [(states.shape, jnp.float32)] * plan.runs,
-    warps=at.warps,
+    warps=4 if store == jnp.bfloat16 and max(width, gu.shape[-1]) <= 64 else 8,
     stages=1,
   )(rows, q, k, gu, states, init, y_bar)
   return (*outs[:5], outs[5] if plan.runs else None)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, wait
+from pallas_kernels._triton_call import BLOCK, NN, NT, TN, call, dot, seen, wait
 from pallas_kernels._triton_readout_backward import row_dot
 
 # Rows of the numbers per token; the last three with restarts alone.
@@ -67,11 +67,19 @@ def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
   t = jnp.arange(BLOCK, dtype=jnp.int32)
   chunk_start = t & -plan.chunk
 
-  stale = dot(plan, z_bar[...], s[...])
+  entered = rows[STALE_ENTERED, :] if plan.runs else None
   if plan.runs:
-    stale = jnp.where(column(STALE_ENTERED) > 0, stale, dot(plan, z_bar[...], init[...]))
-    restarted = jnp.where(column(STALE_ENTERED) > 0, 0, column(STALE_CARRY) * z_bar[...])
-    init_bar[0][...] = dot(plan, restarted, w[...], TN)
+
+    @pl.when(jnp.min(entered) > 0)
+    def _():
+      init_bar[0][...] = jnp.zeros_like(init_bar[0])
+
+    @pl.when(jnp.min(entered) == 0)
+    def _():
+      restarted = (1 - entered)[:, None] * column(STALE_CARRY) * z_bar[...]
+      init_bar[0][...] = dot(plan, restarted, w[...], TN)
+
+  stale = seen(plan, z_bar[...], entered, s[...], init, NN)
   stale = column(STALE_CARRY) * stale
   at_token = jnp.zeros((BLOCK,), jnp.float32)
   if plan.chunk < BLOCK:
@@ -110,7 +118,7 @@ def _at_end(plan, rows, s, init, end_bar, init_bar):
     slots = pl.ds(i * SLOTS, SLOTS)
     s_part, ct = s[slots].astype(jnp.float32), total * end_bar[slots].astype(jnp.float32)
     if plan.runs:
-      s_part = jnp.where(survives, s_part, init[slots])
+      s_part = jnp.where(survives, s_part, init[slots].astype(jnp.float32))
       init_bar[0][slots] = init_bar[0][slots] + jnp.where(survives, 0, ct)
     return summed + jnp.sum(s_part * ct)
 
@@ -126,7 +134,7 @@ def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_
     gu, z, x: [2 B H N M], from `evolve.forward` and `evolve.reverse`.
     states: (S_k, S_v) [B H blocks M D | V] at the block starts.
     end_bar: their cotangents at the block ends.
-    init: (S_k, S_v) [H M D | V].
+    init: (S_k, S_v) [H M D | V] in the operands' dtype.
     k_bar, v_bar: [B N H D | V], what the reads gave; these very arrays become the results.
 
   Returns:

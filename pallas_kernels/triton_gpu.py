@@ -91,7 +91,8 @@ def forward(spec, inputs, start, init, rows, save: bool):
     plan, x.k, x.v, x.alpha, tokens, chunks, rows.last.astype(jnp.int32), start, init, save
   )
   by_token = readout.scalars(plan, log_beta, run)
-  o, y = readout.forward(plan, x.q, x.k, x.v, gu, by_token, states, init, save)
+  operands = tuple(s.astype(plan.operand) for s in init)
+  o, y = readout.forward(plan, x.q, x.k, x.v, gu, by_token, states, operands, save)
   if plan.runs:
     survives = _survives(plan, chunks, rows.last)
     kept = tuple(jnp.where(survives, s, s0[None]) for s, s0 in zip(kept, init))
@@ -106,11 +107,12 @@ def backward(spec, inputs, start, init, rows, saved, cts):
   slots = inputs.q.shape[1]
   o_bar = jnp.pad(o_bar, [(0, 0), (0, x.q.shape[1] - slots), (0, 0), (0, 0)])
   by_token = readout.scalars(plan, log_beta, run)
+  operands = tuple(s.astype(plan.operand) for s in init)
   v_bar, gu_v_bar, s_v_bar, y_bar, parts, init_v_bars = readout_backward.values(
-    plan, y, x.v, gu, by_token, states[1], init[1], o_bar
+    plan, y, x.v, gu, by_token, states[1], operands[1], o_bar
   )
   q_bar, k_bar, gu_k_bar, s_k_bar, more, init_k_bars = readout_backward.keys(
-    plan, x.q, x.k, gu, by_token, states[0], init[0], y_bar
+    plan, x.q, x.k, gu, by_token, states[0], operands[0], y_bar
   )
   parts = parts + more
   tokens, chunks = evolve.scalars(plan, log_beta, gamma, run)
@@ -137,7 +139,18 @@ def backward(spec, inputs, start, init, rows, saved, cts):
   )
   by_token_of_writes = writes_backward.scalars(plan, log_beta, gamma, run)
   k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bars = writes_backward.backward(
-    plan, x.k, x.v, x.alpha, by_token_of_writes, gu, z, cotangents, states, ends_bar, init, *w_bar
+    plan,
+    x.k,
+    x.v,
+    x.alpha,
+    by_token_of_writes,
+    gu,
+    z,
+    cotangents,
+    states,
+    ends_bar,
+    operands,
+    *w_bar,
   )
   if plan.runs:
     init_bar = [s + jnp.sum(more, axis=(0, 2)) for s, more in zip(init_bar, init_bars)]

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import op_cases
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from benchmarks import kernel_gpu
 from pallas_kernels import _triton_activations, _triton_decays, triton_gpu
 from pallas_kernels._triton_call import Plan
-from trellis_jax import trellis
+from trellis_jax import mixers, sharding, trellis
 from trellis_jax.ops import activations, backends, decay
 from trellis_jax.ops.spec import Spec
 
@@ -201,14 +204,8 @@ def test_decays_equal_the_op_s(with_runs):
       np.testing.assert_array_equal(got.entered[:, 0, i], runs.entered)
 
 
-def _gpu(count=1):
-  """A mesh of GPUs that are not there."""
-  device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-  return AbstractMesh((count,), ("data",), (AxisType.Explicit,), abstract_device=device)
-
-
-def _lower(f, *args, count=1):
-  with jax.sharding.use_abstract_mesh(_gpu(count)):
+def _lower(f, *args, mesh=None):
+  with jax.sharding.use_abstract_mesh(mesh or kernel_gpu.mesh()):
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -250,6 +247,33 @@ def test_remat_runs_the_forward_kernels_again():
     names = _launches(_lower(jax.value_and_grad(f), _shapes(jnp.bfloat16)))
     assert [names.count(name) for name in FORWARD_KERNELS] == [forwards] * 2
     assert [names.count(name) for name in BACKWARD_KERNELS] == [1] * 4
+
+
+def test_a_training_step_over_eight_gpus_runs_the_kernels_on_each_one_s_rows_and_heads():
+  mesh = kernel_gpu.mesh(("data", 4), ("model", 2))
+  config = mixers.configure("trellis", dict(num_slots=64, chunk_size=64))
+  make = lambda: mixers.get("trellis").Mixer(256, 4, config, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(nnx.eval_shape(make))
+
+  def step(params, x):
+    loss = lambda params: jnp.sum(nnx.merge(graph, params)(x)[0] ** 2)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+  params = jax.tree.map(place, params, sharding.param_specs(params, mesh))
+  x = place(jax.ShapeDtypeStruct((8, 128, 256), jnp.float32), P("data"))
+  text = _lower(step, params, x, mesh=mesh)
+  assert _launches(text) == FORWARD_KERNELS + BACKWARD_KERNELS
+  # g U of both passes: 2 of 8 rows, 2 of 4 heads.
+  assert "tensor<2x2x2x128x64xf32>" in text and "tensor<2x8x" not in text
+
+
+def test_auto_axes_fall_to_xla():
+  mesh = kernel_gpu.mesh(("data", 8), kind=AxisType.Auto)
+  with jax.sharding.use_abstract_mesh(mesh):
+    shapes = backends.Shapes(B=8, T=64, H=1, D=64, V=64, M=64, dtype="float32")
+    assert "Auto axes (data)" in triton_gpu.supports(Spec(chunk_size=64).check(), shapes)
+  assert triton_gpu.supports(Spec(chunk_size=64).check(), shapes) == "the platform is cpu, not gpu"
 
 
 def test_supports_says_every_reason():
