@@ -40,6 +40,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "train": TRAIN,
     "wandb": ["wandb>=0.17"],
+    "eval": [*TRAIN, "lm_eval>=0.4.9"],  # its core: no torch
     "dev": TRAIN + DEV,
   },
 )

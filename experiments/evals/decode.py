@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from experiments.evals import perplexity
 
 PIECE = 256  # most tokens read at a time
-LEAST = 8  # fewest, and fewest rows: sizes are powers of two, so few programs are compiled
+LEAST = 8  # fewest; sizes are powers of two, so few programs are compiled
 STEPS = 16  # tokens generated between two looks at them
 
 Texts = Sequence[Sequence[int]]
@@ -40,20 +40,26 @@ class Reading(NamedTuple):
 class Decoder:
   """The compiled programs of one model."""
 
-  def __init__(self, lm: Any, *, piece: int = PIECE):
-    """Args: a `trellis_jax.LM`, or anything called like one, and the most tokens of a piece."""
+  def __init__(self, lm: Any, *, piece: int = PIECE, rows: int = 1):
+    """Makes the programs of a `trellis_jax.LM`, or of anything called like one.
+
+    Args:
+      lm: the model.
+      piece: most tokens read at a time, of each row.
+      rows: fewest rows of a call; fewer texts are padded up to it, so that less is compiled.
+    """
     self.graph, self.params = nnx.split(lm)
-    self.piece = piece
+    self.piece, self.rows = piece, rows
 
   def read(self, texts: Texts) -> Reading:
     """Reads texts of at least one token each from nothing."""
-    rows = _up(len(texts), 1)
+    rows = _up(len(texts), self.rows)
     state, hidden = _start(self.graph, rows, self.params)
     return self._go_on(Reading(state, hidden, len(texts)), texts, scored=False)[0]
 
   def take(self, reading: Reading, rows: Sequence[int]) -> Reading:
     """The rows of a reading in any order, any number of times."""
-    index = np.zeros(_up(len(rows), 1), np.int32)
+    index = np.zeros(_up(len(rows), self.rows), np.int32)
     index[: len(rows)] = rows
     repeated, rest = reading.state
     # Layers that repeat have their axis before the batch.
@@ -112,7 +118,8 @@ class Decoder:
         row[:number] = text[at : at + number]
       state, hidden, scores = _advance(self.graph, scored, self.params, state, hidden, tokens, live)
       if scored:
-        nats += np.asarray(scores[0], np.float64)
+        # Added up here, in fp64: texts of equal tokens are equal, however they were padded.
+        nats += np.asarray(scores[0], np.float64).sum(1)
         likeliest &= np.asarray(scores[1])
       at += size
     return Reading(state, hidden, count), nats[:count], likeliest[:count].tolist()
@@ -133,7 +140,7 @@ def _start(graph, rows: int, params):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _advance(graph, scored: bool, params, state, hidden, tokens, live: Int[Array, " B"]):
-  """Reads `live` tokens of each row; returns (state, hidden, (nats [B], all likeliest [B]))."""
+  """Reads `live` tokens of each row; returns (state, hidden, (nats [B, T], all likeliest [B]))."""
   lm = nnx.merge(graph, params)
   counts = jnp.arange(tokens.shape[1])[None] < live[:, None]
   x, state = lm.hidden(tokens, state, segment_ids=counts.astype(jnp.int32))
@@ -141,7 +148,7 @@ def _advance(graph, scored: bool, params, state, hidden, tokens, live: Int[Array
   if scored:
     before = jnp.concatenate([hidden[:, None], x[:, :-1]], axis=1)
     nats, likeliest = perplexity.token_scores(before, lm.head_kernel(), tokens)
-    scores = jnp.where(counts, nats, 0.0).sum(1), (likeliest | ~counts).all(1)
+    scores = jnp.where(counts, nats, 0.0), (likeliest | ~counts).all(1)
   last = jnp.take_along_axis(x, jnp.maximum(live - 1, 0)[:, None, None], axis=1)[:, 0]
   return state, jnp.where(live[:, None] > 0, last, hidden), scores
 
