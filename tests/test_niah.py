@@ -301,7 +301,7 @@ def test_the_command_writes_lines_and_goes_on_where_it_stopped(run, monkeypatch,
   "flags, words",
   [
     (["--kinds=sums"], "--kinds: 'sums' is unknown; accepted are niah_single_1"),
-    (["--lengths=1k"], "--lengths: '1k' is given, but it must be a number"),
+    (["--lengths=1k"], "--lengths: '1k' is given, but it must be an integer"),
     (["--samples=0"], "--samples=0 is given, but it must be an integer >= 1"),
     (["--needle=no"], "--needle=no is given; accepted are true, false"),
     ([], "niah_single_2 hides its needle in an essay, but no haystack"),

@@ -18,7 +18,6 @@ Each kind and length adds a line to workdir/niah.jsonl as it ends, and is not ru
 checkpoint and flags are the same.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ import rich.console
 import rich.progress
 import tabulate
 
-from experiments import essays, metrics, needles, provenance, tokenise
+from experiments import essays, needles, tokenise
 from experiments.errors import UserError
 from experiments.evals import decode, runs
 from experiments.tasks import niah
@@ -94,14 +93,12 @@ def cells_of(given) -> list[dict[str, Any]]:
   kinds = [kind.strip() for kind in given.kinds.split(",")]
   if unknown := [kind for kind in kinds if kind not in needles.KINDS]:
     raise UserError(f"--kinds: {unknown[0]!r} is unknown; accepted are {', '.join(needles.KINDS)}")
-  lengths = given.lengths.split(",")
-  if bad := [length for length in lengths if not length.strip().isdecimal()]:
-    raise UserError(f"--lengths: {bad[0]!r} is given, but it must be a number of tokens")
   if given.needle not in ("true", "false"):
     raise UserError(f"--needle={given.needle} is given; accepted are true, false")
   shared = {"samples": runs.integer(given, "samples", 1), "needle": given.needle == "true"}
   shared |= {"haystack": given.haystack, "words": given.words}
-  return [{"kind": kind, "length": int(n), **shared} for kind in kinds for n in lengths]
+  lengths = runs.integers(given, "lengths")
+  return [{"kind": kind, "length": n, **shared} for kind in kinds for n in lengths]
 
 
 def evaluate(cfg, given) -> None:
@@ -118,12 +115,11 @@ def evaluate(cfg, given) -> None:
     generators[kind].sample(0, cell["length"])
   decoder = decode.Decoder(runs.model(job, params, max(cell["length"] for cell in cells)))
   evaluator = Evaluator(generate_with(decoder), tokenizer, rows)
-  path = job.workdir / FILE
-  lines = metrics.read(path) if path.exists() else []
+  lines = runs.Lines(job.workdir / FILE)
   console = rich.console.Console(highlight=False)
   for cell in cells:
     cell |= {"step": job.start}
-    if any(cell.items() <= line.items() for line in lines):
+    if lines.find(cell):
       continue
     make = generators[cell["kind"]].sample
     samples = [make(i, cell["length"], cell["needle"]) for i in range(cell["samples"])]
@@ -140,19 +136,16 @@ def evaluate(cfg, given) -> None:
       )
     outputs = [{"answer": s.answer, "output": text} for s, (_, text) in zip(samples[:SHOWN], found)]
     score = sum(hit for hit, _ in found) / len(found)
-    about = {"revision": provenance.revision("experiments", "trellis_jax", "pallas_kernels")}
-    lines.append({**cell, "score": score, **about, "outputs": outputs})
-    provenance.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    lines.add(cell, score=score, outputs=outputs)
     console.print(f"{cell['kind']} {cell['length']}: {score:.3f}")
   print(table(cells, lines))
 
 
-def table(cells: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
+def table(cells: list[dict[str, Any]], lines: runs.Lines) -> str:
   """The scores, kinds by lengths."""
-  score = lambda cell: next(x["score"] for x in lines if cell.items() <= x.items())
   lengths = sorted({cell["length"] for cell in cells})
   kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
-  by_place = {(cell["kind"], cell["length"]): 100 * score(cell) for cell in cells}
+  by_place = {(cell["kind"], cell["length"]): 100 * lines.find(cell)["score"] for cell in cells}
   rows = [[kind, *(by_place[kind, n] for n in lengths)] for kind in kinds]
   return tabulate.tabulate(rows, ["", *map(str, lengths)], floatfmt=".1f")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from experiments import checkpoint, config, tokenise, train
+from experiments import checkpoint, config, metrics, provenance, tokenise, train
 from experiments.errors import UserError
 from trellis_jax import LM, mixers
 
@@ -92,3 +93,29 @@ def integer(given: argparse.Namespace, name: str, least: int = 0) -> int:
   if not text.isdecimal() or int(text) < least:
     raise UserError(f"--{name}={text} is given, but it must be an integer >= {least}")
   return int(text)
+
+
+def integers(given: argparse.Namespace, name: str, least: int = 1) -> list[int]:
+  """A flag's values, integers of at least `least` separated by commas."""
+  texts = [text.strip() for text in getattr(given, name).split(",")]
+  if bad := [text for text in texts if not text.isdecimal() or int(text) < least]:
+    raise UserError(f"--{name}: {bad[0]!r} is given, but it must be an integer >= {least}")
+  return [int(text) for text in texts]
+
+
+class Lines:
+  """Results of an evaluation, a line of JSON for each of its cells, written as they end."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.lines = metrics.read(path) if path.exists() else []
+
+  def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The line that says all that a cell says, None when it was not run."""
+    return next((line for line in self.lines if cell.items() <= line.items()), None)
+
+  def add(self, cell: Mapping[str, Any], **found: Any) -> None:
+    """Writes a cell's line, with the revision that made it."""
+    about = {"revision": provenance.revision("experiments", "trellis_jax", "pallas_kernels")}
+    self.lines.append({**cell, **found, **about})
+    provenance.write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
