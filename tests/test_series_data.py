@@ -77,6 +77,14 @@ def test_the_phase_is_the_place_in_the_day(minutes, period, tmp_path):
   np.testing.assert_array_equal(series.phase, np.arange(200) % period)
 
 
+def test_a_cycle_of_another_length_is_counted_in_rows(tmp_path):
+  path = _write(tmp_path / "some.csv")
+  path.write_text("\n".join(["date,a,b", *path.read_text().splitlines()[4:]]) + "\n")
+  series = data.load(path)  # begins at 03:00
+  np.testing.assert_array_equal(series.places(24), (np.arange(197) + 3) % 24)
+  np.testing.assert_array_equal(series.places(168), np.arange(197) % 168)
+
+
 def test_published_files_come_with_broken_headers_and_line_ends(tmp_path):
   path = tmp_path / "some.csv"
   text = "date,SWDR (W/m\ufffd),OT\r\n" + "".join(

@@ -46,6 +46,10 @@ class Series:
   period: int
   rows: tuple[int, int, int]
 
+  def places(self, period: int) -> np.ndarray:
+    """Place of each row [rows] in a cycle of `period` rows: of the day, or counted from row 0."""
+    return self.phase if period == self.period else np.arange(len(self.phase)) % period
+
   def starts(self, split: str, lookback: int, horizon: int) -> np.ndarray:
     """First rows of a split's windows of `lookback` + `horizon` rows.
 

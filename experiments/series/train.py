@@ -63,10 +63,11 @@ def start(series: Series, cfg: ForecasterConfig) -> tuple[np.ndarray, np.ndarray
   """
   parts = functools.partial(linear.windows, series, "train", cfg.lookback, cfg.horizon)
   length, period = cfg.lookback + cfg.horizon, cfg.period
+  places = series.places(period)
   moved, weight = np.zeros((2, period, cfg.channels))
   for x, y, at in parts() if period > 1 else ():
     mean, deviation = _level(x, cfg.eps)
-    first = series.phase[at] % period
+    first = places[at]
     moves = deviation * (np.concatenate([x, y], axis=1) - mean)
     for p in np.unique(first):
       rows = (p + np.arange(length)) % period
@@ -77,7 +78,7 @@ def start(series: Series, cfg: ForecasterConfig) -> tuple[np.ndarray, np.ndarray
   def pairs():
     for x, y, at in parts():
       mean, deviation = _level(x, cfg.eps)
-      rows = (series.phase[at][:, None] + np.arange(length)[None]) % period
+      rows = (places[at][:, None] + np.arange(length)[None]) % period
       level = mean + deviation * cycle[rows]
       yield x - level[:, : cfg.lookback], y - level[:, cfg.lookback :]
 
@@ -97,7 +98,7 @@ def run(
 ) -> Result:
   """Trains with `cfg.seed`, evaluating every `cfg.eval.every` steps."""
   program = _Program.of(model, cfg)
-  values, phase = jnp.asarray(series.values), jnp.asarray(series.phase % model.period)
+  values, phase = jnp.asarray(series.values), jnp.asarray(series.places(model.period), jnp.int32)
   starts = {s: series.starts(s, model.lookback, model.horizon) for s in SPLITS}
   errors = lambda params, split: program.errors(params, values, phase, starts[split])
   params = program.init(jax.random.key(cfg.seed))

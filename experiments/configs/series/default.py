@@ -4,10 +4,9 @@
       --config.data.path=FILE.csv --config.horizon=192
 """
 
-import dataclasses
-
 import ml_collections
 
+from experiments.configs import default
 from trellis_jax import mixers
 
 
@@ -38,22 +37,16 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.model.num_heads = 2
   cfg.model.mlp_width = 128  # features
   cfg.model.dropout = 0.3  # rate before the output map
+  base = default.get_config()
   for name in mixers.names():  # each mixer's knobs, documented in trellis_jax/mixers/NAME.py
-    cfg.model[name] = ml_collections.ConfigDict(dataclasses.asdict(mixers.get(name).Config()))
+    cfg.model[name] = base.model[name]
   cfg.model.trellis.num_slots = 16
   cfg.model.trellis.chunk_size = 7  # channels of the ETT files, a third of those of weather
 
-  cfg.optim = ml_collections.ConfigDict()
+  cfg.optim = base.optim  # the fields of experiments/configs/default.py, without its z_loss
+  del cfg.optim.z_loss
   cfg.optim.peak_lr = 1e-3
   cfg.optim.end_lr_ratio = 0.05  # last learning rate / peak
-  cfg.optim.schedule = "cosine"  # after the warm-up: "cosine", "linear", "wsd" (stay, then decay)
-  cfg.optim.warmup_steps = 50  # updates
-  cfg.optim.decay_steps = 200  # updates of wsd's decay; the other schedules decay all along
-  cfg.optim.b1 = 0.9
-  cfg.optim.b2 = 0.95
-  cfg.optim.eps = 1e-8
-  cfg.optim.weight_decay = 0.1  # per unit of learning rate, on matrices only
-  cfg.optim.clip = 1.0  # global gradient norm; 0 = no clipping
 
   cfg.eval = ml_collections.ConfigDict()
   cfg.eval.every = 50  # steps between evaluations on the validation split
