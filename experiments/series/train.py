@@ -53,7 +53,7 @@ class Result:
   parameters: int
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def start(series: Series, cfg: ForecasterConfig) -> tuple[np.ndarray, np.ndarray]:
   """(cycle [W, N], map A [L, horizon]) in closed form, one after the other, from the train windows.
 
