@@ -4,7 +4,15 @@ import pytest
 
 from benchmarks import scoring_cost
 
-SMALL = dict(contexts=(9,), rounds=1, vocab_size=32, width=16, num_layers=1, num_heads=1)
+SMALL = dict(
+  contexts=(9,),
+  rounds=1,
+  vocab_size=32,
+  width=16,
+  num_layers=1,
+  num_heads=1,
+  mixer="linear_attention",
+)
 
 
 def test_a_small_run_writes_the_table(tmp_path, capsys):

@@ -53,7 +53,7 @@ def whole(lm):
 
 
 def test_scores_are_those_of_one_pass(lm, texts, follow, whole):
-  decoder = decode.Decoder(lm, piece=16)
+  decoder = decode.Decoder(lm, piece=8)
   nats, likeliest, _ = decoder.score(decoder.read(texts), follow)
   for text, more, got, best in zip(texts, follow, nats, likeliest):
     log_p = whole(text + more)
@@ -63,7 +63,7 @@ def test_scores_are_those_of_one_pass(lm, texts, follow, whole):
 
 
 def test_the_likeliest_continuation_is_known_as_such(lm, texts):
-  decoder = decode.Decoder(lm, piece=16)
+  decoder = decode.Decoder(lm, piece=8)
   reading = decoder.read(texts)
   greedy = decoder.greedy(reading, 6)
   assert decoder.score(reading, greedy)[1] == [True] * 5
@@ -72,7 +72,7 @@ def test_the_likeliest_continuation_is_known_as_such(lm, texts):
 
 
 def test_a_reading_serves_any_rows_and_any_number_of_times(lm, texts, follow, whole):
-  decoder = decode.Decoder(lm, piece=16)
+  decoder = decode.Decoder(lm, piece=8)
   reading = decoder.read(texts)
   rows = [3, 3, 0, 4, 1, 3, 2]
   more = [follow[i] for i in (0, 1, 1, 2, 3, 3, 0)]
@@ -87,13 +87,13 @@ def test_a_reading_serves_any_rows_and_any_number_of_times(lm, texts, follow, wh
 
 
 def test_greedy_is_what_generate_gives(lm, texts):
-  decoder = decode.Decoder(lm, piece=16)
+  decoder = decode.Decoder(lm, piece=8)
   expected = generate(lm, texts, max_new_tokens=19, temperature=0)
   assert decoder.greedy(decoder.read(texts), 19) == expected
 
 
 def test_greedy_ends_when_all_rows_are_done(lm, texts):
-  decoder = decode.Decoder(lm, piece=16)
+  decoder = decode.Decoder(lm, piece=8)
   reading, asked = decoder.read(texts), []
   new = decoder.greedy(reading, 64, lambda i, row: bool(asked.append(i)) or len(row) >= 32)
   assert [len(row) for row in new] == [2 * decode.STEPS] * 5

@@ -95,18 +95,18 @@ def test_a_length_is_run_once(home, monkeypatch):
   assert run(home, "--lengths=16", "--max_tokens=64", "--rows_tokens=64") == 0
   last = lines(home)[-1]
   assert last["tokens"] == 64 and lines(home)[: len(before)] == before
-  assert run(home, "--lengths=16", "--packing=documents") == 0
-  assert asked == [24, 16, 16] and lines(home)[-1]["packing"] == "documents"
+  assert asked == [24, 16]
 
 
 def test_any_text_and_any_token_file_of_the_runs_tokenizer(home):
   """The same documents as text and as a token file, without the splits that text is cut into."""
-  assert run(home, "--lengths=16", f"--data={home}/other", "--split=train") == 0
+  documents = ["--lengths=16", "--packing=documents"]
+  assert run(home, *documents, f"--data={home}/other", "--split=train") == 0
   text = lines(home)[-1]
   job, _ = runs.open_run(config.parse(["", *flags(home)]))
   opened = lengths.open_text(job, f"{home}/other", "train")
   assert text["tokens"] == opened.num_tokens - 1 and text["corpus"].endswith("other")
-  assert run(home, "--lengths=16", f"--data={opened.path}") == 0
+  assert run(home, *documents, f"--data={opened.path}") == 0
   again = lines(home)[-1]
   assert (again["nats"], again["bytes"]) == (text["nats"], text["bytes"])
 

@@ -30,7 +30,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def scorer(lm):
-  return scoring.Scorer(lm, BOS, rows=4, piece=16)
+  return scoring.Scorer(lm, BOS, rows=4, piece=8)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_each_context_is_read_once(lm, pairs, monkeypatch):
   monkeypatch.setattr(decode, "_advance", count)
   seen = []
   track = lambda batches: seen.append(len(batches)) or batches
-  scoring.Scorer(lm, BOS, rows=4, piece=16, track=track).loglikelihoods(pairs)
+  scoring.Scorer(lm, BOS, rows=4, piece=8, track=track).loglikelihoods(pairs)
   distinct = {tuple(context) for context, _ in pairs}
   assert sum(n for scored, n in read if not scored) == sum(len(c) + 1 for c in distinct)
   assert sum(n for scored, n in read if scored) == sum(len(more) for _, more in pairs)
