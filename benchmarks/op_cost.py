@@ -40,9 +40,10 @@ def inputs(b: int, t: int, h: int, d: int, m: int):
   return (q, k, v, normal(b, t, h, m), *gates)
 
 
-def step(implementation: str) -> Callable:
+def step(implementation: str, chunk_size: int = C) -> Callable:
   """Forward and backward of the op."""
-  loss = lambda x: jnp.sum(trellis(*x, chunk_size=C, implementation=implementation)[0] ** 2)
+  call = functools.partial(trellis, chunk_size=chunk_size, implementation=implementation)
+  loss = lambda x: jnp.sum(call(*x)[0] ** 2)
   return jax.jit(jax.grad(loss))
 
 
@@ -60,7 +61,7 @@ def autodiff() -> Callable:
       mock.patch.object(activations, "activate", plain),
     ):
       spec = Spec(chunk_size=C).check()
-      o, *_ = chunked.forward(spec, chunked.Inputs(*x), start, None, init, rows)
+      o, *_ = chunked.forward(spec, chunked.Inputs(*x), start, init, rows, True)
     return jnp.sum(o**2)
 
   return jax.jit(jax.grad(loss))
@@ -85,6 +86,7 @@ def rows() -> list[list]:
     size = f"(B {b}, H {h}, D V M {d}, T 2,048)"
     found.append(compare(f"reference / xla {size}", (step("reference"), x), (xla, x), 3))
     found.append(compare(f"plain autodiff / xla {size}", (autodiff(), x), (xla, x), 9))
+    found.append(compare(f"exact, C = 1 / C = {C} {size}", (step("xla", 1), x), (xla, x), 9))
   return found
 
 
