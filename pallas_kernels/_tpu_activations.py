@@ -1,8 +1,8 @@
 r"""phi, f and phi_out inside the TPU kernels, each with its pullback.
 
 `y = N(e(z))` with e the identity or SiLU, and N nothing, LayerNorm (ln) or the l2 norm. Means run
-over the slots, which lie on sublanes, or over a head's lanes; `Over` says how. All that is needed
-of a mean is asked for at once, so that a value's sums are one round of reductions:
+over the slots, which lie on sublanes, or over a head's lanes; `Over` says how. The inner
+gradient asks for all of its means at once, so that it waits for one round of sums alone:
 
   ln   y = i (s - E s),  i = (E s^2 - (E s)^2 + eps)^-1/2,   J x = i (x - E x - y E(y x))
   l2   y = i s,          i = (sum s^2 + eps)^-1/2,           J x = i (x - y sum(y x))
@@ -24,15 +24,14 @@ import jax.numpy as jnp
 
 
 class Over(NamedTuple):
-  """mean(x) -> E x, kept so that it broadcasts against x; size: the number of terms."""
+  """mean(x) -> E x, kept so that it broadcasts against x, of `size` terms.
+
+  fast: whether the sigmoid may be the hardware's tanh, as precise as bfloat16 operands deserve.
+  """
 
   mean: Callable
   size: int
-
-
-def slots(size: int) -> Over:
-  """Means over the sublanes of [M, lanes]."""
-  return Over(lambda x: jnp.sum(x, axis=0, keepdims=True) * (1 / size), size)
+  fast: bool
 
 
 def _parts(name: str, over: Over):
@@ -43,11 +42,11 @@ def _parts(name: str, over: Over):
   return name == "silu", None, None
 
 
-def _elementwise(silu: bool, z):
+def _elementwise(silu: bool, fast: bool, z):
   """Returns e(z) and a function to (e', e'')."""
   if not silu:
     return z, lambda: (None, None)
-  sig = jax.nn.sigmoid(z)
+  sig = 0.5 + 0.5 * jnp.tanh(0.5 * z) if fast else jax.nn.sigmoid(z)
   s = z * sig
 
   def slopes():
@@ -61,21 +60,22 @@ def _times(x, factor):
   return x if factor is None else x * factor
 
 
-def _normalise(s, e, centre, eps: float):
-  """Returns (y, i, E y^2)."""
-  mean, square = centre(s), e(s * s)
-  var = jnp.maximum(square - mean * mean, 0)
-  i = jax.lax.rsqrt(var + eps)
-  return (s - mean) * i, i, var * i * i
+def _inverse_root(x, over: Over):
+  """x^-1/2; by exp2 and log2 where every lane holds its own mean and fast will do."""
+  if over.fast and x.shape[0] > 1:
+    return jnp.exp2(-0.5 * jnp.log2(x))
+  return jax.lax.rsqrt(x)
 
 
 def apply(name: str, z, eps: float, over: Over):
   """Returns (phi(z), pullback ct -> J_phi(z)^T ct)."""
   silu, e, centre = _parts(name, over)
-  s, slopes = _elementwise(silu, z)
+  s, slopes = _elementwise(silu, over.fast, z)
   if e is None:
     return s, lambda ct: _times(ct, slopes()[0])
-  y, i, _ = _normalise(s, e, centre, eps)
+  s = s - centre(s)
+  i = _inverse_root(e(s * s) + eps, over)
+  y = s * i
 
   def pull(ct):
     return slopes()[0] * (i * (ct - centre(ct) - y * e(y * ct)))
@@ -86,7 +86,7 @@ def apply(name: str, z, eps: float, over: Over):
 def inner(name: str, z, a, eps: float, over: Over):
   """Returns (u = J_phi(z)^T (phi(z) - a), pullback ct -> (z_bar, a_bar))."""
   silu, e, centre = _parts(name, over)
-  s, slopes = _elementwise(silu, z)
+  s, slopes = _elementwise(silu, over.fast, z)
   if e is None:
     error = s - a
 
@@ -100,13 +100,15 @@ def inner(name: str, z, a, eps: float, over: Over):
   mean_s, square, s_a, mean_a = centre(s), e(s * s), e(s * a), centre(a)
   var = jnp.maximum(square - mean_s * mean_s, 0)
   i = jax.lax.rsqrt(var + eps)
-  y = (s - mean_s) * i
   y_y, y_a = var * i * i, i * (s_a - mean_s * mean_a)
   c = y_y - y_a
-  j_error = i * ((1 - c) * y - a + mean_a)
+  # i ((1 - c) y - a + E a) with y = i (s - E s), as a sum of three terms.
+  by_s = i * i * (1 - c)
+  j_error = by_s * s - i * a + (i * mean_a - by_s * mean_s)
 
   def pull(ct):
     e1, e2 = slopes()
+    y = (s - mean_s) * i
     p = e1 * ct
     p_y, p_a, mean_p = e(p * y), e(p * a), centre(p)
     x = (1 - c) * p - p_y * (2 * y - a)

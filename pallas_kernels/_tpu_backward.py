@@ -34,7 +34,7 @@ from pallas_kernels._tpu_tiles import F32, NT, Tiles, each
 
 NAME = "trellis_backward"
 # (packs, chunks) of a program for each chunk length.
-SIZE = {16: (2, 1), 32: (4, 1), 64: (4, 1)}
+SIZE = {16: (4, 1), 32: (8, 1), 64: (16, 1)}
 
 
 def _over_slots(x):
@@ -51,21 +51,21 @@ def _store_row(ref, at, xs):
     ref[0, :, lanes] = jnp.where(here, x, before)
 
 
-def _read_back(t: Tiles, x, v, values, read, gates):
-  """Cotangents of the values' read: (R_bar, G_v_bar, V_bar, gates' cotangents)."""
-  low_r, low_g = each(t.low, read.r), each(t.low, values.step)
-  x_rows = each(t.spread, x)
+def _read_back(t: Tiles, x, values, read, gates):
+  """Cotangents of the values' read: (X's rows, R_bar, G_v_bar, V_bar, gates' cotangents)."""
+  low_r = each(t.low, read.r)
+  x_rows = each(t.own, x)
   through = each(lambda s, x: t.dot(s, x, NT), values.low, x_rows)
-  pairs = each(lambda x, v, d: t.low(t.cross(x, t.low(v)) * -d), x, v, read.decay)
+  pairs = each(lambda x, v, d: t.own(t.cross(x, v) * -d), x, values.w, read.decay)
   step_bar = each(t.dot, low_r, pairs)
-  within = each(lambda g, p: t.dot(g, p, NT), low_g, pairs)
+  within = each(lambda g, p: t.dot(g, p, NT), values.low_step, pairs)
   r_bar = each(lambda y, c, w: y * c + w, through, row(gates, Gate.CARRY), within)
-  v_bar = each(lambda p, x: -t.mix(p.T, x), read.pairs_v, x)
+  v_bar = each(lambda p, x: -t.mix(t.natural(p), x), read.pairs_v, x_rows)
   decay = each(
     lambda r, w, g, b: _over_slots(r.astype(F32) * w - g.astype(F32) * b),
     low_r,
     within,
-    low_g,
+    values.low_step,
     step_bar,
   )
   carry = each(lambda r, y: _over_slots(r * y), read.r, through)
@@ -77,27 +77,29 @@ def _read_back(t: Tiles, x, v, values, read, gates):
   return x_rows, r_bar, step_bar, v_bar, (decay, carry, fresh)
 
 
-def _keys_read_back(t: Tiles, r_bar, q, k, keys, read, gates):
+def _keys_read_back(t: Tiles, r_bar, keys, read, gates):
   """Cotangents of the keys' read: (Y_bar, G_k_bar, Q_bar, K_bar, gates' cotangents)."""
   y_bar = each(lambda pull, ct: pull(ct), read.pull_r, r_bar)
-  low_y, low_g = each(t.low, y_bar), each(t.low, keys.step)
+  low_y = each(t.low, y_bar)
   step_bar = each(lambda y, p: -t.dot(y, p), low_y, read.pairs_k)
-  pairs = each(lambda y, g, d: t.low(t.dot(t.low(y.T), g) * -d), y_bar, low_g, read.decay)
-  carried = each(lambda y, c: t.low((y * c).T), y_bar, row(gates, Gate.CARRY))
-  q_bar = each(lambda p, k, y, s: t.mix(p, t.low(k)) + t.read(y, s), pairs, k, carried, keys.low)
-  k_bar = each(lambda p, q: t.mix(p.T, t.low(q)), pairs, q)
+  pairs = each(lambda y, g, d: t.pairs(t.tokens(y), g) * -d, y_bar, keys.step, read.decay)
+  carried = each(lambda y, c: t.tokens(y * c), y_bar, row(gates, Gate.CARRY))
+  q_bar = each(
+    lambda p, k, y, s: t.mix(t.low(p), k) + t.through(y, s), pairs, keys.w, carried, keys.memory
+  )
+  k_bar = each(lambda p, q: t.mix(t.natural(p), q), pairs, read.q)
   decay = each(
     lambda y, w, g, b: -_over_slots(y.astype(F32) * w + g.astype(F32) * b),
     low_y,
     read.within,
-    low_g,
+    keys.low_step,
     step_bar,
   )
   carry = each(lambda y, x: _over_slots(y * x), y_bar, read.through)
   fresh = None
   if keys.init is not None:
-    renewed = each(lambda y, c: t.low((y * c).T), y_bar, row(gates, Gate.FRESH))
-    q_bar = each(lambda q, y, s: q + t.read(y, s), q_bar, renewed, keys.init)
+    renewed = each(lambda y, c: t.tokens(y * c), y_bar, row(gates, Gate.FRESH))
+    q_bar = each(lambda q, y, s: q + t.through(y, s), q_bar, renewed, keys.init)
     fresh = each(lambda y, x: _over_slots(y * x), y_bar, read.fresh)
   return y_bar, step_bar, q_bar, k_bar, (decay, carry, fresh)
 
@@ -134,16 +136,20 @@ def _write_back(t: Tiles, rho, pass_, gates, s_bar, step_bar, columns, rows, dec
   )
   s_new = each(product, carried, rows, mine, pass_.w)
   s_new = each(lambda d, s, x: d * s + x, keep, s_bar, s_new)
-  both = each(lambda x, z: t.low(jnp.concatenate([x, z], 0).T), gone, mine)
-  memories = each(lambda b, s: jnp.concatenate([b, s], 0), low, pass_.low)
-  w_bar = each(t.read, both, memories)
+  w_bar = each(
+    lambda x, b, z, s: t.through(t.tokens(x), b) + t.through(t.tokens(z), s),
+    gone,
+    s_bar,
+    mine,
+    pass_.memory,
+  )
   init_bar = None
   if pass_.init is not None:
     fresh = each(lambda x, c: x * c, columns, row(gates, Gate.FRESH))
     others = each(lambda z, e: z * (1 - e), z_bar, entered)
     init_bar = each(product, fresh, rows, others, pass_.w)
     init_bar = each(lambda d, s, x: d * s + x, renew, s_bar, init_bar)
-    w_bar = each(lambda w, z, s: w + t.read(t.low(z.T), s), w_bar, others, pass_.init)
+    w_bar = each(lambda w, z, s: w + t.through(t.tokens(z), s), w_bar, others, pass_.init)
   return s_new, init_bar, w_bar, [a for _, a in bars], step, end
 
 
@@ -175,18 +181,18 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
   starts = [packs(ref[0], g) for ref in start_refs]
   inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
   s_bars = [packs(ref[0], g) for ref in s_bar_refs]
-  targets = chunk.load_targets(t, a)
+  targets = each(t.columns, a)
   keys, values = (
     chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), starts, inits)
   )
-  read = chunk.read(t, spec, q, k, v, gates, keys, values)
+  read = chunk.read(t, spec, q, gates, keys, values)
 
   x = each(lambda pull, ct: t.low(pull(ct.astype(F32))), read.pull_o, o_bar)
-  x_rows, r_bar, step_v, v_bar, gates_v = _read_back(t, x, v, values, read, gates)
+  x_rows, r_bar, step_v, v_bar, gates_v = _read_back(t, x, values, read, gates)
   decays = [(decay(keep_refs, j), decay(renew_refs, j)) for j in range(2)]
   rho = spec.outer_gradient
   back_v = _write_back(t, rho, values, gates, s_bars[1], step_v, read.r, x_rows, decays[1])
-  y_bar, step_k, q_bar, k_bar, gates_k = _keys_read_back(t, r_bar, q, k, keys, read, gates)
+  y_bar, step_k, q_bar, k_bar, gates_k = _keys_read_back(t, r_bar, keys, read, gates)
   back_k = _write_back(t, rho, keys, gates, s_bars[0], step_k, y_bar, read.q, decays[0])
 
   whole = slice(None)
@@ -194,7 +200,7 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
   store(k_bar_ref, whole, each(jnp.add, k_bar, back_k[2]))
   store(v_bar_ref, whole, each(jnp.add, v_bar, back_v[2]))
   a_bar = each(jnp.add, back_k[3], back_v[3])
-  store(a_bar_ref, whole, each(lambda a: t.natural(a, a_bar_ref.dtype), a_bar))
+  store(a_bar_ref, whole, each(t.natural, a_bar))
   both = lambda x, y: None if x is None else each(jnp.add, x, y)
   rows = {
     Gate.LOW: [math.log(2) * x for x in both(gates_k[0], gates_v[0])],

@@ -18,18 +18,24 @@ import jax.numpy as jnp
 
 from pallas_kernels import _tpu_activations as activations
 from pallas_kernels._tpu_layout import Gate
-from pallas_kernels._tpu_tiles import F32, NN, NT, Tiles, each
+from pallas_kernels._tpu_tiles import NT, Tiles, each
 
 
 class Write(NamedTuple):
-  """A pass's products of a chunk, per pack: w the rows of W, low the memory as an operand."""
+  """A pass of a chunk, per pack.
+
+  w: rows [L, P W] of W, each with the lanes of its head; memory: as it came; low, init: memories
+  as operands; u: U and its pullback; step: G, and as an operand.
+  """
 
   w: list
+  memory: list
   low: list
   init: list | None
   u: list
   pull: list
   step: list
+  low_step: list
 
 
 def row(gates, which: int):
@@ -39,30 +45,34 @@ def row(gates, which: int):
 
 def write(t: Tiles, spec, natural, targets, gates, memory, init) -> Write:
   """Takes the inner gradients of keys or values at the memory of the chunk's start."""
-  w = each(lambda x: t.spread(t.low(x)), natural)
+  w = each(lambda x: t.own(x), natural)
   low = each(t.low, memory)
   z = each(lambda s, w: t.dot(s, w, NT), low, w)
   if init is not None:
     init = each(t.low, init)
     z_init = each(lambda s, w: t.dot(s, w, NT), init, w)
     z = each(lambda e, z, z0: jnp.where(e > 0, z, z0), row(gates, Gate.ENTERED), z, z_init)
-  over = activations.slots(t.plan.M)
+  over = t.over_slots()
   out = each(lambda z, a: activations.inner(spec.phi, z, a, spec.phi_eps, over), z, targets)
   u = [x for x, _ in out]
   step = each(lambda u, g: u * g, u, row(gates, Gate.STEP))
-  return Write(w, low, init, u, [pull for _, pull in out], step)
+  return Write(w, memory, low, init, u, [pull for _, pull in out], step, each(t.low, step))
 
 
 def ended(t: Tiles, gates, memory, init, decays, pass_: Write):
   """Returns the memories at the chunk's end; decays are (keep, renew), per pack [1, P W]."""
   keep, renew = decays
-  update = each(lambda g, e, w: t.dot(g * e, w, NN), pass_.step, row(gates, Gate.END), pass_.w)
+  update = each(lambda g, e, w: t.dot(g * e, w), pass_.step, row(gates, Gate.END), pass_.w)
   out = each(lambda d, s, u: d * s - u, keep, memory, update)
   return out if init is None else each(lambda d, s, x: x + d * s, renew, init, out)
 
 
 class Read(NamedTuple):
-  """A chunk's reads, per pack; `through` and `within` are the two terms of Y."""
+  """A chunk's reads, per pack.
+
+  decay, pairs_v: pairs, the latter times the decay; pairs_k: those of the keys, [L, L] with zeros
+  where heads differ; through, fresh and within: the terms of Y; pull_r, pull_o: the pullbacks.
+  """
 
   decay: list
   q: list
@@ -72,37 +82,34 @@ class Read(NamedTuple):
   within: list
   r: list
   pull_r: list
-  r_rows: list
   pairs_v: list
   o: list
   pull_o: list
 
 
-def read(t: Tiles, spec, q, k, v, gates, keys: Write, values: Write) -> Read:
+def read(t: Tiles, spec, q, gates, keys: Write, values: Write) -> Read:
   """Reads the keys' memory, then the values', for every token of the chunk."""
   decay = each(t.decays, gates)
-  q_rows = each(lambda x: t.spread(t.low(x)), q)
-  pairs_k = each(lambda q, k, d: t.low(t.cross(t.low(q), t.low(k)) * d), q, k, decay)
+  q_rows = each(lambda x: t.own(x), q)
+  pairs_k = each(lambda q, k, d: t.own(t.cross(q, k) * d), q, keys.w, decay)
   through = each(lambda s, q: t.dot(s, q, NT), keys.low, q_rows)
-  within = each(lambda g, p: t.dot(g, p, NT), keys.step, pairs_k)
+  within = each(lambda g, p: t.dot(g, p, NT), keys.low_step, pairs_k)
   y = each(lambda x, c, w: x * c - w, through, row(gates, Gate.CARRY), within)
   fresh = None
   if keys.init is not None:
     fresh = each(lambda s, q: t.dot(s, q, NT), keys.init, q_rows)
     y = each(lambda y, x, c: y + x * c, y, fresh, row(gates, Gate.FRESH))
-  over = activations.slots(t.plan.M)
-  out = each(lambda y: activations.apply(spec.f, y, spec.eps, over), y)
+  out = each(lambda y: activations.apply(spec.f, y, spec.eps, t.over_slots()), y)
   r = [x for x, _ in out]
-  r_rows = each(lambda r: t.low(r.T), r)
-  pairs_v = each(lambda r, g, d: t.low(t.dot(r, g) * d), r_rows, values.step, decay)
-  carried = each(lambda r, c: t.low((r * c).T), r, row(gates, Gate.CARRY))
-  o = each(t.read, carried, values.low)
+  pairs_v = each(lambda r, g, d: t.low(t.pairs(t.tokens(r), g) * d), r, values.step, decay)
+  carried = each(lambda r, c: t.tokens(r * c), r, row(gates, Gate.CARRY))
+  o = each(
+    lambda r, s, p, v: t.through(r, s) - t.mix(p, v), carried, values.memory, pairs_v, values.w
+  )
   if values.init is not None:
-    renewed = each(lambda r, c: t.low((r * c).T), r, row(gates, Gate.FRESH))
-    o = each(lambda o, r, s: o + t.read(r, s), o, renewed, values.init)
-  o = each(lambda o, p, v: o - t.mix(p, t.low(v)), o, pairs_v, v)
-  lanes = t.over_lanes(t.plan.V)
-  last = each(lambda o: activations.apply(spec.phi_out, o, spec.eps, lanes), o)
+    renewed = each(lambda r, c: t.tokens(r * c), r, row(gates, Gate.FRESH))
+    o = each(lambda o, r, s: o + t.through(r, s), o, renewed, values.init)
+  last = each(lambda o: activations.apply(spec.phi_out, o, spec.eps, t.over_lanes()), o)
   return Read(
     decay,
     q_rows,
@@ -111,14 +118,8 @@ def read(t: Tiles, spec, q, k, v, gates, keys: Write, values: Write) -> Read:
     fresh,
     within,
     r,
-    [p for _, p in out],
-    r_rows,
+    [pull for _, pull in out],
     pairs_v,
     [x for x, _ in last],
-    [p for _, p in last],
+    [pull for _, pull in last],
   )
-
-
-def load_targets(t: Tiles, natural):
-  """Targets [C, P M] of the packs as columns, in fp32."""
-  return each(lambda a: t.columns(a, t.plan.M).astype(F32), natural)

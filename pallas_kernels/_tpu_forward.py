@@ -17,13 +17,13 @@ from pallas_kernels import _tpu_chunk as chunk
 from pallas_kernels import _tpu_plan as plans
 from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import Plan
-from pallas_kernels._tpu_tiles import F32, Tiles
+from pallas_kernels._tpu_tiles import F32, Tiles, each
 
 NAME = "trellis_forward"
 # Rows of a block in fp32: chunks that share a block of decays.
 SUBLANES = 8
 # (packs, chunks) of a program for each chunk length.
-SIZE = {16: (4, 4), 32: (4, 4), 64: (4, 4)}
+SIZE = {16: (8, 4), 32: (8, 4), 64: (16, 4)}
 VMEM_LIMIT = 64 << 20
 
 
@@ -56,34 +56,33 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
     for end, start in zip(end_refs, start_refs):
       end[...] = start[...]
 
-  memories = [packs(ref[0], g) for ref in end_refs]
   inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
 
-  def one(i, memories):
+  def one(i, carry):
     at = lambda n: pl.ds(pl.multiple_of(i * n, n), n)
     token = at(plan.C)
     q, k, v, a = (packs(ref[0, token], g) for ref in (q_ref, k_ref, v_ref, a_ref))
     gates = packs(gates_ref[0, at(Gate.ROWS)], g)
     this = (step * plan.K + i) % SUBLANES
     decay = lambda refs, j: None if refs is None else packs(refs[j][0, pl.ds(this, 1)], g)
-    targets = chunk.load_targets(t, a)
+    memories = [packs(ref[0], g) for ref in end_refs]
+    targets = each(t.columns, a)
     both = [
       chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), memories, inits)
     ]
-    for ref, w in zip(at_start_refs, both):
-      store(ref, at(plan.M), w.low)
     ends = [
       chunk.ended(t, gates, s, s0, (decay(keep_refs, j), decay(renew_refs, j)), w)
       for j, (s, s0, w) in enumerate(zip(memories, inits, both))
     ]
-    o = chunk.read(t, spec, q, k, v, gates, *both).o
+    o = chunk.read(t, spec, q, gates, *both).o
+    for ref, w in zip(at_start_refs, both):
+      store(ref, at(plan.M), w.low)
     store(o_ref, token, o)
-    return ends
+    for ref, s in zip(end_refs, ends):
+      store(ref, slice(None), s)
+    return carry
 
-  memories = jax.lax.fori_loop(0, plan.K, one, memories)
-  for ref, s in zip(end_refs, memories):
-    store(ref, slice(None), s)
-
+  jax.lax.fori_loop(0, plan.K, one, None)
   last = last_ref[b]
 
   @pl.when(last // plan.K == step)

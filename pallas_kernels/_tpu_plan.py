@@ -78,9 +78,14 @@ class Plan(NamedTuple):
 
 
 def make(spec, inputs, packs: int, chunks: int) -> Plan:
-  """Returns the plan of a call with at most `packs` packs and `chunks` chunks a step."""
+  """Returns a call's plan: at most `packs` packs, of bfloat16 and width 64, `chunks` a step."""
   _, slots, heads, d = inputs.q.shape
   v, m, c = inputs.v.shape[-1], inputs.alpha.shape[-1], spec.chunk_size
+  arrays = (inputs.q, inputs.k, inputs.v, inputs.alpha)
+  low = all(a.dtype == jnp.bfloat16 for a in arrays)
+  low = low or spec.precision == jax.lax.Precision.DEFAULT
+  # Wide and fp32 packs are fewer, for the same space.
+  packs = max(1, packs * 64 // max(d, v, m, 64) // (1 if low else 2))
   p = LANES // c
   least = math.ceil(heads / p)
   programs = math.ceil(least / packs)
@@ -89,9 +94,6 @@ def make(spec, inputs, packs: int, chunks: int) -> Plan:
     g += 1
   n = slots // c
   k = min(chunks, n)
-  arrays = (inputs.q, inputs.k, inputs.v, inputs.alpha)
-  low = all(a.dtype == jnp.bfloat16 for a in arrays)
-  low = low or spec.precision == jax.lax.Precision.DEFAULT
   padded = math.ceil(least / g) * g * p
   return Plan(c, d, v, m, (heads, padded), p, g, k, math.ceil(n / k) * k, low)
 

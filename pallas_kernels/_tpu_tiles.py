@@ -1,23 +1,22 @@
 r"""Tiles of the TPU kernels: how P heads of C tokens share the lanes of one matrix.
 
-A pack's arrays come in three forms, written here for keys of width W:
+A pack's arrays come in these forms, with L = P C:
 
   natural [C, P W]   as in memory: a row a token, the heads side by side on lanes;
-  columns [M, L]     slots on sublanes and, on lanes, head after head its C tokens (L = P C);
-  memory  [M, P W]   slots on sublanes, the heads side by side.
+  columns [M, L]     slots on sublanes and, on lanes, head after head its C tokens;
+  memory  [M, P W]   slots on sublanes, the heads side by side;
+  pairs   [C, L]     natural, too: row t, and on lanes head after head the tokens s.
 
 Columns need no padding whatever C is, and sums over slots are plain additions. A product that
-would mix heads takes an operand with zeros where the heads differ: `spread` writes a natural array
-as rows [L, P W], row (h, t) with head h's lanes alone. Where the result holds more than is wanted
-anyway, the operand is `tiled` instead, and `gather` keeps of rows (h, t) the lanes of head h.
-Products over one head's width go by groups of 128 lanes, so that none multiplies the zeros of
-other groups.
+would mix heads takes one operand with zeros where heads differ: `own` repeats its rows for every
+head, each time with that head's lanes alone.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._tpu_activations import Over
+from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import LANES, Plan
 
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
@@ -34,9 +33,9 @@ class Tiles:
 
   def __init__(self, plan: Plan):
     self.plan, self.C, self.P, self.L = plan, plan.C, plan.P, plan.L
-    row, lane = _iota((self.L, self.L), 0), _iota((self.L, self.L), 1)
-    # Token s is seen by token t of the same head; rows t, lanes s.
-    self.seen = (row // self.C == lane // self.C) & (row >= lane)
+    # What moves tokens between rows and lanes: the transpose unit, which few heads a pack would
+    # keep waiting, or products with ones, which many heads a pack would fill with zeros.
+    self.transposes = plan.C < 64
 
   def low(self, x):
     """Returns x as an operand of products."""
@@ -49,107 +48,145 @@ class Tiles:
       self.low(x), self.low(y), dims, precision=precision, preferred_element_type=F32
     )
 
-  def groups(self, x):
-    """Cuts lanes into groups of 128: [(first head, heads, x's lanes)] of a natural or memory x."""
-    width = x.shape[1] // self.P
-    heads = max(1, min(self.P, LANES // width))
-    return [(h, heads, x[:, h * width : (h + heads) * width]) for h in range(0, self.P, heads)]
+  def own(self, x, heads: int | None = None):
+    """[R, heads W] to the operand [heads R, heads W]: rows once a head, with its lanes alone.
 
-  def _own(self, x, heads: int):
-    """Rows (head of the group, t) of a group's natural x, with that head's lanes alone."""
+    Selected in fp32: v5e has no 16-bit masks.
+    """
+    heads = heads or self.P
     if heads == 1:
-      return x
-    head = _iota(x.shape, 1) // (x.shape[1] // heads)
-    return jnp.concatenate([jnp.where(head == h, x, jnp.zeros_like(x)) for h in range(heads)], 0)
+      return self.low(x)
+    words = x.astype(F32)
+    rows, lanes = words.shape
+    width, tile = lanes // heads, min(LANES, lanes)
+    head = _iota((rows, tile), 1) // width
+    zeros = jnp.zeros((rows, tile), words.dtype)
 
-  def spread(self, x):
-    """Natural [C, P W] to rows [L, P W] with the own head's lanes alone."""
-    return self._own(x, self.P)
+    def part(h, i):
+      if (h + 1) * width <= i or i + tile <= h * width:
+        return zeros
+      part = words[:, i : i + tile]
+      return part if tile <= width else jnp.where(head == h - i // width, part, zeros)
 
-  def gather(self, rows, heads: int):
-    """Rows [heads C, lanes] of a group to natural [C, lanes]: each head's rows give its lanes."""
-    head = _iota((self.C, rows.shape[1]), 1) // (rows.shape[1] // heads)
+    out = [self._side_by_side([part(h, i) for i in range(0, lanes, tile)]) for h in range(heads)]
+    out = jnp.concatenate(out, 0)
+    return self.low(out)
+
+  def _side_by_side(self, xs):
+    return xs[0] if len(xs) == 1 else jnp.concatenate(xs, 1)
+
+  def _groups(self, width: int):
+    """Heads whose lanes fill a tile: [(first head, heads, their tokens, their lanes)]."""
+    n = max(1, min(self.P, LANES // width))
+    cut = lambda h, size: slice(h * size, (h + n) * size)
+    return [(h, n, cut(h, self.C), cut(h, width)) for h in range(0, self.P, n)]
+
+  def columns(self, x):
+    """Natural [C, P M] to columns [M, L], in fp32."""
+    size = x.shape[1] // self.P
+    if not self.transposes:
+      return self.dot(_same(size, x.shape[1]), self.own(x), NT)
+    x = x.astype(F32)
+    heads = [x[:, h * size : (h + 1) * size] for h in range(self.P)]
+    return jnp.concatenate(heads, 0).T
+
+  def natural(self, x):
+    """Columns [M, L] to natural [C, P M], an operand; pairs to those with s and t exchanged."""
+    if not self.transposes:
+      return self.low(self.dot(_same(self.C, self.L), self.own(x), NT))
+    rows = x.T
+    tiles = [
+      self._side_by_side([rows[i * self.C : (i + 1) * self.C] for i in range(h, h + n)])
+      for h, n, _, _ in self._groups(x.shape[0])
+    ]
+    return self.low(self._side_by_side(tiles))
+
+  def tokens(self, x):
+    """Columns [M, L] as the operand of `pairs` and `through`: rows [L, M], or natural."""
+    return self.low(x.T) if self.transposes else self.natural(x)
+
+  def _gather(self, rows, n: int):
+    """Rows (head, t) of n heads to [C, lanes]: each head's rows give its lanes."""
+    head = _iota((self.C, rows.shape[1]), 1) // (rows.shape[1] // n)
     out = rows[: self.C]
-    for h in range(1, heads):
+    for h in range(1, n):
       out = jnp.where(head == h, rows[h * self.C : (h + 1) * self.C], out)
     return out
 
-  def _by_group(self, function, x):
-    """Natural array whose group is `gather` of function(rows of the group's heads, x's lanes)."""
-    out = [
-      self.gather(function(slice(h * self.C, (h + n) * self.C), lanes), n)
-      for h, n, lanes in self.groups(x)
-    ]
-    return out[0] if len(out) == 1 else jnp.concatenate(out, 1)
+  def pairs(self, x, y):
+    """x_t . y_s of `tokens` and columns [M, L], as pairs."""
+    if not self.transposes:
+      return self.dot(x, self.own(y))
+    return self._gather(self.dot(x, y), self.P)
 
-  def tiled(self, x):
-    """Stacks P copies of natural lanes: rows (any head, t)."""
-    return jnp.concatenate([x] * self.P, 0)
+  def through(self, x, memory):
+    """x_t . memory of each head, of `tokens` and a memory [M, P W]: natural [C, P W]."""
+    m = memory.shape[0]
+    out = []
+    for h, n, tokens, lanes in self._groups(memory.shape[1] // self.P):
+      if self.transposes:
+        out.append(self._gather(self.dot(x[tokens], memory[:, lanes]), n))
+      else:
+        out.append(self.dot(x[:, h * m : (h + n) * m], self.own(memory[:, lanes], n)))
+    return self._side_by_side(out)
 
-  def cross(self, x, y):
-    """x_t . y_s of natural x and y in each head, as [t, s]; other pairs hold what is not used."""
-    out = [
-      self.dot(self._own(lanes, n), self.tiled(other), NT)
-      for (_, n, lanes), (_, _, other) in zip(self.groups(x), self.groups(y))
-    ]
-    return out[0] if len(out) == 1 else jnp.concatenate(out, 0)
-
-  def mix(self, pairs, x):
-    """sum_s pairs[t, s] x_s of natural x, natural; pairs are zero where heads differ."""
-    return self._by_group(lambda at, lanes: self.dot(pairs[at], self.tiled(lanes)), x)
-
-  def read(self, rows, memory):
-    """rows[t] . memory [M, P W] in each head, natural; rows are columns' transpose [L, M]."""
-    return self._by_group(lambda at, lanes: self.dot(rows[at], lanes), memory)
-
-  def columns(self, x, size: int):
-    """Natural [C, P M] to columns [M, L], by a product with ones that moves and does not round."""
-    eye = (_iota((size, x.shape[1]), 0) == _iota((size, x.shape[1]), 1) % size).astype(x.dtype)
-    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jax.lax.dot_general(
-      eye, self.spread(x), NT, precision=precision, preferred_element_type=F32
+  def cross(self, x, rows):
+    """x_t . y_s of natural x and y, the latter as `own` rows: pairs."""
+    groups = self._groups(x.shape[1] // self.P)
+    return self._side_by_side(
+      [self.dot(x[:, lanes], rows[tokens, lanes], NT) for _, _, tokens, lanes in groups]
     )
 
-  def natural(self, x, dtype):
-    """Columns [M, L] to natural [C, P M] in `dtype`."""
-    size = x.shape[0]
-    heads = max(1, min(self.P, LANES // size))
-    rows, out = x.T, []
-    for h in range(0, self.P, heads):
-      part = [rows[(h + i) * self.C : (h + i + 1) * self.C] for i in range(heads)]
-      out.append(part[0] if heads == 1 else jnp.concatenate(part, 1))
-    return (out[0] if len(out) == 1 else jnp.concatenate(out, 1)).astype(dtype)
+  def mix(self, pairs, rows):
+    """sum_s pairs[t, s] y_s of natural y as `own` rows: natural."""
+    groups = self._groups(rows.shape[1] // self.P)
+    return self._side_by_side(
+      [self.dot(pairs[:, tokens], rows[tokens, lanes]) for _, _, tokens, lanes in groups]
+    )
 
   def decays(self, gates):
-    """exp of the log decay from after s through t, as [t, s], 0 for other pairs.
+    """exp of the log decay from after s through t, as pairs, 0 for s > t.
 
     gates: the rows [8, L] of `_tpu_layout.Gate`. The exponent's large part is a difference of
-    multiples of 1/16, exact, and the small part is small, so nothing cancels.
+    multiples of 1/16, exact, and the small part is small, so nothing cancels; bfloat16 operands
+    hide more than what fp32 alone loses.
     """
-    at = gates.T
-    high, low = at[:, 0:1] - gates[0:1], at[:, 1:2] - gates[1:2]
-    return jnp.exp2(jnp.where(self.seen, high + low, -1e30))
+    shape = (self.C, self.L)
+    head, s = _iota(shape, 1) // self.C, _iota(shape, 1) % self.C
 
-  def over_lanes(self, width: int) -> Over:
-    """Means over each head's lanes of natural arrays, by products with ones."""
+    def less(row):
+      column = jnp.broadcast_to(row, (Gate.ROWS, self.L)).T[:, 0:1]
+      at_t = column[: self.C]
+      for h in range(1, self.P):
+        at_t = jnp.where(head == h, column[h * self.C : (h + 1) * self.C], at_t)
+      return at_t - row
+
+    high, low = gates[Gate.HIGH : Gate.HIGH + 1], gates[Gate.LOW : Gate.LOW + 1]
+    exponent = less(high + low) if self.plan.bf16 else less(high) + less(low)
+    return jnp.exp2(jnp.where(_iota(shape, 0) >= s, exponent, -1e30))
+
+  def over_slots(self) -> Over:
+    """Means over the slots of columns."""
+    size = self.plan.M
+    return Over(lambda x: jnp.sum(x, axis=0, keepdims=True) * (1 / size), size, self.plan.bf16)
+
+  def over_lanes(self) -> Over:
+    """Means over each head's lanes of natural arrays of V, by products with ones."""
+    width = self.plan.V
+    tile = min(LANES, self.P * width)
+    same = _iota((tile, tile), 0) // width == _iota((tile, tile), 1) // width
+    ones = jnp.where(same, 1 / width, 0.0)
 
     def mean(x):
-      out = []
-      for _, _, lanes in self.groups(x):
-        size = lanes.shape[1]
-        same = _iota((size, size), 0) // width == _iota((size, size), 1) // width
-        ones = jnp.where(same, 1 / width, 0.0)
-        out.append(self._sum(lanes, ones))
-      return out[0] if len(out) == 1 else jnp.concatenate(out, 1)
+      cut = [x[:, i : i + tile] for i in range(0, x.shape[1], tile)]
+      return self._side_by_side([self.dot(lanes, ones) for lanes in cut])
 
-    return Over(mean, width)
+    return Over(mean, width, self.plan.bf16)
 
-  def _sum(self, x, ones):
-    """x @ ones with x in two bfloat16 parts, where products take them: 16 bits of it count."""
-    if not self.plan.bf16:
-      return self.dot(x, ones)
-    high = self.low(x)
-    return self.dot(high, ones) + self.dot(x - high.astype(F32), ones)
+
+def _same(size: int, lanes: int):
+  """Ones where a lane's number within its head is the row's."""
+  return _iota((size, lanes), 0) == _iota((size, lanes), 1) % size
 
 
 def _iota(shape, axis: int):
