@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 LANES = 128
 WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
@@ -121,8 +120,4 @@ def reasons(spec, shapes) -> list[str]:
   need("dtype", shapes.dtype, DTYPES)
   for role in ("phi", "f", "phi_out"):
     need(role, getattr(spec, role), ACTIVATIONS)
-  mesh = jax.sharding.get_abstract_mesh()
-  for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types):
-    if kind == AxisType.Auto and size > 1:
-      found.append(f"mesh axis {name!r} of size {size} is Auto; a kernel needs Explicit axes")
   return found

@@ -16,7 +16,7 @@ import pathlib
 from typing import NamedTuple
 
 import pallas_kernels
-from trellis_jax.ops import chunked
+from trellis_jax.ops import chunked, sharded
 from trellis_jax.ops.spec import Spec
 
 _LOG = logging.getLogger("trellis_jax")
@@ -57,7 +57,11 @@ def choose(name: str | None, spec: Spec, shapes: Shapes) -> str:
   if name is not None and name not in known:
     accepted = ", ".join(["None", "reference", "xla", *known])
     raise ValueError(f"implementation={name!r} is unknown; accepted are {accepted}")
-  reasons = {n: load(n).supports(spec, shapes) for n in ([name] if name else known)}
+  mesh = sharded.unmapped()
+  reasons = {}
+  for n in [name] if name else known:
+    own = load(n).supports(spec, shapes)
+    reasons[n] = "; ".join(filter(None, (own, mesh))) or None
   for n, reason in reasons.items():
     if reason is None:
       return n

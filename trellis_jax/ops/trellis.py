@@ -90,7 +90,10 @@ def trellis(
   shapes = backends.Shapes(b, t, h, d, v.shape[-1], alpha.shape[-1], str(v.dtype))
   implementation = backends.choose(implementation, spec, shapes)
   call = functools.partial(_call, implementation, spec)
-  return sharded.over_mesh(call, Inputs(*arrays), initial_memory, initial_state, segment_ids)
+  kernel = implementation in backends.kernels()
+  return sharded.over_mesh(
+    call, kernel, Inputs(*arrays), initial_memory, initial_state, segment_ids
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
