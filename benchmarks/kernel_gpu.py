@@ -162,6 +162,8 @@ def lines(wanted: list[Shape]) -> list[dict[str, Any]]:
       key = hashlib.sha256(repr(kernel).encode()).hexdigest()
       if key not in known:
         known[key] = compiled(kernel)
+        if known[key]["spill_bytes"]:
+          print(f"  {kernel.name} spills: {known[key]}", file=sys.stderr, flush=True)
       launch = {"kernel": kernel.name, "warps": kernel.warps, "stages": kernel.stages}
       found.append({**shape._asdict(), **launch, **known[key]})
   return found

@@ -120,7 +120,8 @@ def _at_end(plan, rows, s, init, end_bar, init_bar):
     if plan.runs:
       s_part = jnp.where(survives, s_part, init[slots].astype(jnp.float32))
       init_bar[0][slots] = init_bar[0][slots] + jnp.where(survives, 0, ct)
-    return summed + jnp.sum(s_part * ct)
+    # One axis at a time: jax 0.12 lowers no sum over two under a mesh of Explicit axes.
+    return summed + jnp.sum(jnp.sum(s_part * ct, axis=-1))
 
   return jax.lax.fori_loop(0, s.shape[0] // SLOTS, add, jnp.float32(0))
 

@@ -20,6 +20,8 @@ from trellis_jax.ops import activations, backends, decay
 from trellis_jax.ops.spec import Spec
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Silenced at import, which pytest undoes before each test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*deprecated:DeprecationWarning")
 
 FORWARD, GRADIENT, BF16 = 2e-5, 2e-4, 1e-2
 NAMES = ("identity", "silu", "ln_silu", "l2_silu")
