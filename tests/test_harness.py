@@ -195,7 +195,7 @@ def test_winogrande_compares_the_same_end_after_either_option(adapter, plain, fo
 
 
 @needs_harness
-def test_a_uniform_model_scores_chance(lm, tmp_path):
+def test_a_uniform_model_scores_chance(tmp_path):
   """Every byte has the same chance: the shortest choice wins, whatever it says."""
   from experiments.evals.harness_lm import HarnessLM
 
@@ -205,22 +205,23 @@ def test_a_uniform_model_scores_chance(lm, tmp_path):
   for name in names:
     lines = harness_tasks.file_of(name, data).read_text().splitlines(keepends=True)[:60]
     harness_tasks.file_of(name, few).write_text("".join(lines))
-  graphdef, params = nnx.split(lm)
+  sizes = dict(width=8, num_layers=1, num_heads=1, mlp_width=8, mixer="linear_attention")
+  graphdef, params = nnx.split(LM(LMConfig(BYTES.vocab_size, **sizes), rngs=nnx.Rngs(0)))
   blind = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, params))
-  model = HarnessLM(scoring.Scorer(blind, BYTES.bos_id, rows=16), BYTES)
+  model = HarnessLM(scoring.Scorer(blind, BYTES.bos_id, rows=16, piece=64), BYTES)
   results = harness.run_tasks(model, names, few, limit=0, fewshot=0)
   rows = lambda name: map(json.loads, harness_tasks.file_of(name, few).read_text().splitlines())
-  sizes = lambda *choices: [len(choice.encode()) for choice in choices]
+  lengths = lambda *choices: [len(choice.encode()) for choice in choices]
   wins = {
-    "piqa": [int(np.argmin(sizes(r["sol1"], r["sol2"]))) == r["label"] for r in rows("piqa")],
+    "piqa": [int(np.argmin(lengths(r["sol1"], r["sol2"]))) == r["label"] for r in rows("piqa")],
     "arc_easy": [
-      r["choices"]["label"][np.argmin(sizes(*r["choices"]["text"]))] == r["answerKey"]
+      r["choices"]["label"][np.argmin(lengths(*r["choices"]["text"]))] == r["answerKey"]
       for r in rows("arc_easy")
     ],
     # Either option is followed by the same end: a tie, and the first one is taken.
     "winogrande": [r["answer"] == "1" for r in rows("winogrande")],
     "social_iqa": [
-      int(np.argmin(sizes(r["answerA"], r["answerB"], r["answerC"]))) + 1 == int(r["label"])
+      int(np.argmin(lengths(r["answerA"], r["answerB"], r["answerC"]))) + 1 == int(r["label"])
       for r in rows("social_iqa")
     ],
   }
