@@ -248,15 +248,17 @@ def _reader(prompts, most, done):
 def test_who_finds_the_needle_scores_1_and_without_a_needle_0(kind, rows, essay):
   evaluator = retrieval.Evaluator(_reader, BYTES, rows)
   for needle in (True, False):
-    samples = [_generator(kind, essay=essay).sample(i, 1024, needle) for i in range(10)]
-    assert [hit for hit, _ in evaluator.run(samples)] == [needle] * 10
+    make = lambda i, needle=needle: _generator(kind, essay=essay).sample(i, 1024, needle)
+    found = list(evaluator.run(make, 10))
+    assert [hit for _, hit, _ in found] == [needle] * 10
+    assert [sample for sample, *_ in found] == [make(i) for i in range(10)]
 
 
 def test_nothing_counts_behind_the_end_of_the_document():
-  (sample,) = [_generator().sample(0, 700)]
+  sample = _generator().sample(0, 700)
   after = [BYTES.eos_id, *BYTES.encode(sample.answer)]
   evaluator = retrieval.Evaluator(lambda *_: [after], BYTES)
-  assert list(evaluator.run([sample])) == [(False, "")]
+  assert list(evaluator.run(lambda i: sample, 1)) == [(sample, False, "")]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +287,7 @@ def test_the_command_writes_lines_and_goes_on_where_it_stopped(run, monkeypatch,
   asked = []
   real = retrieval.Evaluator.run
   monkeypatch.setattr(
-    retrieval.Evaluator, "run", lambda self, s: asked.append(s[0].kind) or real(self, s)
+    retrieval.Evaluator, "run", lambda self, s, n: asked.append(s(0).kind) or real(self, s, n)
   )
   kinds = "--kinds=niah_single_1,niah_single_3"
   assert retrieval.main(["niah", *flags, "--lengths=640", kinds]) == 0

@@ -19,7 +19,7 @@ checkpoint and flags are the same.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,19 +55,21 @@ class Evaluator:
     """Args: the model, its tokenizer, and how many samples it reads at a time."""
     self.generate, self.tokenizer, self.rows = generate, tokenizer, rows
 
-  def run(self, samples: Sequence[needles.Sample]) -> Iterator[tuple[bool, str]]:
-    """Yields (whether the answer is in it, what was generated) of each sample."""
-    for start in range(0, len(samples), self.rows):
-      batch = samples[start : start + self.rows]
+  def run(
+    self, sample: Callable[[int], needles.Sample], count: int
+  ) -> Iterator[tuple[needles.Sample, bool, str]]:
+    """Yields (sample, whether the answer is in it, what was generated) for each number."""
+    for start in range(0, count, self.rows):
+      batch = [sample(number) for number in range(start, min(start + self.rows, count))]
       prompts = [
         [self.tokenizer.bos_id, *self.tokenizer.encode(s.prompt + s.prefix)] for s in batch
       ]
       done = lambda i, tokens, batch=batch: (
         self.tokenizer.eos_id in tokens or right(batch[i].answer, self.text(tokens))
       )
-      for sample, new in zip(batch, self.generate(prompts, needles.NEW_TOKENS, done)):
+      for asked, new in zip(batch, self.generate(prompts, needles.NEW_TOKENS, done)):
         text = self.text(new)
-        yield right(sample.answer, text), text
+        yield asked, right(asked.answer, text), text
 
   def text(self, tokens: list[int]) -> str:
     """What tokens say up to the end of the document."""
@@ -121,21 +123,21 @@ def evaluate(cfg, given) -> None:
     cell |= {"step": job.start}
     if lines.find(cell):
       continue
-    make = generators[cell["kind"]].sample
-    samples = [make(i, cell["length"], cell["needle"]) for i in range(cell["samples"])]
+    make = lambda i, cell=cell: generators[cell["kind"]].sample(i, cell["length"], cell["needle"])
+    hits, outputs = 0, []
     with jax.set_mesh(job.mesh):
-      found = list(
-        rich.progress.track(
-          evaluator.run(samples),
-          f"{cell['kind']} {cell['length']}",
-          total=len(samples),
-          console=console,
-          transient=True,
-          disable=not console.is_terminal,
-        )
-      )
-    outputs = [{"answer": s.answer, "output": text} for s, (_, text) in zip(samples[:SHOWN], found)]
-    score = sum(hit for hit, _ in found) / len(found)
+      for asked, hit, text in rich.progress.track(
+        evaluator.run(make, cell["samples"]),
+        f"{cell['kind']} {cell['length']}",
+        total=cell["samples"],
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+      ):
+        hits += hit
+        if len(outputs) < SHOWN:
+          outputs.append({"answer": asked.answer, "output": text})
+    score = hits / cell["samples"]
     lines.add(cell, score=score, outputs=outputs)
     console.print(f"{cell['kind']} {cell['length']}: {score:.3f}")
   print(table(cells, lines))
