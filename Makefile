@@ -8,7 +8,7 @@ FLAGS ?=
 RUN_FLAGS := --config=$(CONFIG) $(if $(STEPS),--config.steps=$(STEPS)) $(FLAGS)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help train report test test-slow lint format bench bench-mixers clean
+.PHONY: help train report test test-slow lint format bench bench-mixers kernel-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ bench: $(VENV)/.installed  ## times the op and decoding; writes benchmarks/resul
 
 bench-mixers: $(VENV)/.installed  ## times every mixer, and from which length on it is faster than attention
 	$(PY) -m benchmarks.mixers
+
+kernel-report: $(VENV)/.installed  ## what the compilers say of the kernels, no GPU or TPU needed
+	$(PY) -m pip install --quiet --disable-pip-version-check 'triton==3.6.0'
+	$(PY) -m benchmarks.kernel_gpu
 
 clean:  ## removes what the commands made, runs and their checkpoints excepted
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache

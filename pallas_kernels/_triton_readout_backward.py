@@ -32,8 +32,8 @@ def row_dot(x, y):
 
 
 def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
-  """Stores (carry x)^T y, split by whether the token read S or the initial memory."""
-  x = carry * x.astype(jnp.float32)
+  """Stores (carry x)^T y of two tiles, split by whether the token read S or the initial memory."""
+  weighted = lambda of_row: of_row * x[...].astype(jnp.float32)
   if plan.runs:
     init_bar = init_bar_refs[0]
 
@@ -43,10 +43,10 @@ def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
 
     @pl.when(jnp.min(entered) == 0)
     def _():
-      init_bar[...] = dot(plan, jnp.where(entered[:, None] > 0, 0, x), y, TN)
+      init_bar[...] = dot(plan, weighted(carry * (1 - entered)[:, None]), y[...], TN)
 
-    x = entered[:, None] * x
-  s_bar_ref[...] = dot(plan, x, y, TN).astype(s_bar_ref.dtype)
+    carry = carry * entered[:, None]
+  s_bar_ref[...] = dot(plan, weighted(carry), y[...], TN).astype(s_bar_ref.dtype)
 
 
 def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, parts, *init_bar):
@@ -60,6 +60,7 @@ def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, p
   p = p - dot(plan, weights, value)
   p_bar = activations.vjp(plan, plan.phi_out, p, o_bar[...].astype(jnp.float32), plan.eps)
   p_bar = through(plan, v_bar, p_bar)
+  _to_memory(plan, r, carry, entered, v_bar, s_bar, init_bar)
   wait(plan)
   v_bar[...] = -dot(plan, weights, p_bar, TN).astype(v_bar.dtype)
 
@@ -67,7 +68,6 @@ def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, p
   from_gu = -dot(plan, weights, r[...], TN)
   gu_bar[...] = from_gu.astype(gu_bar.dtype)
   part = row_dot(from_gu, gu[...])
-  _to_memory(plan, r[...], carry, entered, p_bar, s_bar, init_bar)
   r_bar, _, _ = read(plan, rows, p_bar, s[...], init, NT)
   r_bar = r_bar - dot(plan, weights, gu[...])
   parts[...] = row_dot(r[...], r_bar) - part

@@ -20,7 +20,7 @@ def test_a_small_run_writes_both_files(tmp_path, capsys, monkeypatch):
   (line,) = [json.loads(line) for line in results.read_text().splitlines()]
   assert line["op"] == "trellis, xla" and {k: line[k] for k in shape} == shape
   assert line["forward_seconds"] > 0 and line["both_seconds"] > 0
-  assert line["both_roofline"] > 0 and line["distance"] < 1e-4
+  assert line["both_roofline"] > 0 and line["gradients_distance"] < 1e-4
   text = capsys.readouterr().out
   assert results.with_suffix(".md").read_text() in text and "no rivals" in text
 
@@ -35,7 +35,9 @@ def test_a_wrong_result_gets_no_time(tmp_path, monkeypatch):
     return o * (1.1 if implementation == "xla" else 1.0), state
 
   monkeypatch.setattr(op, "trellis", wrong)
-  with pytest.raises(SystemExit, match=r"xla is .* away from reference .* no time is given"):
+  with pytest.raises(
+    SystemExit, match=r"xla: outputs are .* away .* of reference .* no time is given"
+  ):
     op.main(["", "--shapes=small", "--rounds=1", f"--results={results}"])
   assert not results.exists()
 
