@@ -2,6 +2,7 @@
 
 from trellis_jax import inspect, mixers, sharding
 from trellis_jax.attention import TrellisAttention
+from trellis_jax.forecaster import Forecaster, ForecasterConfig
 from trellis_jax.generate import generate
 from trellis_jax.model import LM, LMConfig
 from trellis_jax.ops.state import TrellisState
@@ -9,6 +10,8 @@ from trellis_jax.ops.trellis import trellis
 from trellis_jax.version import __version__
 
 __all__ = [
+  "Forecaster",
+  "ForecasterConfig",
   "LM",
   "LMConfig",
   "TrellisAttention",
