@@ -1,4 +1,4 @@
-"""docs/new_mixer.md: its example, saved as one file and with no other touched, is a mixer."""
+"""docs/new_mixer.md: its examples, each saved as one file with no other touched, are mixers."""
 
 import os
 import pathlib
@@ -16,12 +16,13 @@ from experiments import config
 from trellis_jax import LM, generate, mixers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-assert "ema" in mixers.names()
-for pattern in ("ema", "ema,attention"):
-  flags = ["--config.model.mixer=" + pattern, "--config.model.ema.decay=0.8"]
-  flags += ["--config.model.width=16", "--config.model.num_layers=2"]
+for pattern in ("fading", "ema", "ema,fading,attention"):
+  name = pattern.split(",")[0]
+  assert name in mixers.names()
+  flags = ["--config.model.mixer=" + pattern, f"--config.model.{name}.decay=0.8"]
+  flags += ["--config.model.width=16", f"--config.model.num_layers={len(pattern.split(','))}"]
   cfg = config.lm_config(config.parse(["", *flags]).model, 19)
-  assert cfg.mixers["ema"]["decay"] == 0.8
+  assert cfg.mixers[name]["decay"] == 0.8
   lm = LM(cfg, rngs=nnx.Rngs(0))
   run = nnx.jit(lambda lm, tokens, state=None, ids=None: lm(tokens, state, segment_ids=ids))
   near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -44,19 +45,24 @@ print("a mixer")
 """
 
 
-def test_the_example_is_a_mixer(tmp_path):
+def test_the_examples_are_mixers(tmp_path):
   text = (ROOT / "docs" / "new_mixer.md").read_text()
-  name = re.search(r"Save this as `(trellis_jax/mixers/\w+\.py)`", text)[1]
+  saved = r"Save this as `(trellis_jax/mixers/\w+\.py)`.*?```python\n(.*?)```"
+  examples = dict(re.findall(saved, text, re.DOTALL))
+  assert len(examples) == 2
+  short = min(examples.values(), key=len)
+  assert sum(bool(line.strip()) for line in short.splitlines()) <= 20
   for package in ("trellis_jax", "pallas_kernels", "experiments"):
     shutil.copytree(
       ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
     )
-  assert not (tmp_path / name).exists()
-  (tmp_path / name).write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+  for name, code in examples.items():
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).write_text(code)
   env = os.environ | {"PYTHONPATH": str(tmp_path)}
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=env, capture_output=True, text=True
   )
   assert done.stdout == "a mixer\n", done.stderr
-  check = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), name]
-  assert subprocess.run(check, cwd=tmp_path).returncode == 0
+  check = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml")]
+  assert subprocess.run([*check, *examples], cwd=tmp_path).returncode == 0
