@@ -3,8 +3,9 @@
     python -m benchmarks.mixers
 
 The mixers of the folder as their defaults have them, in fp32, one layer each. Times are medians of
-interleaved rounds. The token loop is the mixer's own decoding, one token a step under one scan.
-Temporary memory is what the compiler plans. Writes results/mixers.md and mixers.jsonl.
+interleaved rounds. The token loop is the mixer's own decoding, one token a step under one scan, and
+what JAX makes of its gradient. Temporary memory is what the compiler plans. Writes
+results/mixers.md and mixers.jsonl.
 """
 
 import argparse
@@ -32,7 +33,8 @@ COLUMNS = (
   "mixer",
   "forward tok/s",
   "forward + backward tok/s",
-  "x token loop",
+  "x loop, forward",
+  "x loop, both",
   "temp MB",
   "state bytes",
   "FLOPs a token",
@@ -55,7 +57,7 @@ class Layer:
 
   def both(self, params, x):
     """The gradients of parameters and inputs."""
-    return jax.grad(lambda p, x: jnp.sum(self.forward(p, x) ** 2), argnums=(0, 1))(params, x)
+    return _gradients(self.forward, params, x)
 
   def loop(self, params, x):
     """The outputs, one token at a time from the state of the one before."""
@@ -67,12 +69,20 @@ class Layer:
 
     return jax.lax.scan(step, mixer.init_state(x.shape[0]), jnp.swapaxes(x, 0, 1))[1]
 
+  def loop_both(self, params, x):
+    """The gradients through the token loop."""
+    return _gradients(self.loop, params, x)
+
   def compile(self, call: Callable, batch: int, length: int) -> tuple[Callable, int]:
     """Returns (the compiled call without arguments, bytes of its temporary memory)."""
     print(f"compiling {self.name}, {call.__name__}, T = {length:,}", file=sys.stderr, flush=True)
     x = 0.5 * jax.random.normal(jax.random.key(0), (batch, length, WIDTH))
     done = jax.jit(call).lower(self.params, x).compile()
     return lambda: done(self.params, x), done.memory_analysis().temp_size_in_bytes
+
+
+def _gradients(call, params, x):
+  return jax.grad(lambda p, x: jnp.sum(call(p, x) ** 2), argnums=(0, 1))(params, x)
 
 
 def costs(layers: dict[str, Layer], length: int, loop: int, rounds: int) -> dict[str, dict]:
@@ -82,6 +92,7 @@ def costs(layers: dict[str, Layer], length: int, loop: int, rounds: int) -> dict
     sides[name, "forward"], _ = layer.compile(layer.forward, BATCH, length)
     sides[name, "both"], temp = layer.compile(layer.both, BATCH, length)
     sides[name, "loop"], _ = layer.compile(layer.loop, BATCH, loop)
+    sides[name, "loop_both"], _ = layer.compile(layer.loop_both, BATCH, loop)
     state = jax.tree.leaves(jax.eval_shape(lambda layer=layer: layer.mixer.init_state(1)))
     lines[name] |= {
       "temp_bytes": temp,
@@ -89,7 +100,7 @@ def costs(layers: dict[str, Layer], length: int, loop: int, rounds: int) -> dict
       "flops_per_token": layer.mixer.flops(length) / length,
     }
   for (name, side), seconds in timing.turns(sides, rounds, SLOW).items():
-    tokens = BATCH * (loop if side == "loop" else length)
+    tokens = BATCH * (loop if side.startswith("loop") else length)
     lines[name][f"{side}_tokens_per_second"] = tokens / seconds
   return lines
 
@@ -133,8 +144,8 @@ def report(lines: list[dict[str, Any]], command: str) -> str:
 {first["machine"]}; revision {first["revision"]}.
 One layer of each mixer with its defaults, fp32, width {WIDTH}, {HEADS} heads. Batch {BATCH},
 T = {first["T"]:,}: tokens per second, the compiler's temporary memory of forward and backward, a
-forward's FLOPs. "x token loop": forward against decoding the same mixer token by token. State: what
-a row carries from token to token.
+forward's FLOPs. "x loop": tokens per second over those of the same mixer run token by token, as it
+decodes, forward, and forward and backward. State: what a row carries from token to token.
 
 {numbers(rows, COLUMNS)}
 
@@ -153,6 +164,7 @@ def _row(line: dict[str, Any]) -> list[str]:
     f"{line['forward_tokens_per_second']:,.0f}",
     f"{line['both_tokens_per_second']:,.0f}",
     f"{line['forward_tokens_per_second'] / line['loop_tokens_per_second']:.1f}",
+    f"{line['both_tokens_per_second'] / line['loop_both_tokens_per_second']:.1f}",
     f"{line['temp_bytes'] / 1e6:,.0f}",
     f"{line['state_bytes']:,}",
     f"{line['flops_per_token']:,.0f}",
