@@ -10,9 +10,9 @@ from trellis_jax.ops.trellis import trellis
 from trellis_jax.version import __version__
 
 __all__ = [
+  "LM",
   "Forecaster",
   "ForecasterConfig",
-  "LM",
   "LMConfig",
   "TrellisAttention",
   "TrellisState",
