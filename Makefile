@@ -54,6 +54,8 @@ bench-mixers: $(VENV)/.installed  ## times every mixer, and from which length on
 kernel-report: $(VENV)/.installed  ## what the compilers say of the kernels, no GPU or TPU needed
 	$(PY) -m pip install --quiet --disable-pip-version-check 'triton==3.6.0'
 	$(PY) -m benchmarks.kernel_gpu
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/libtpu libtpu
+	$(PY) -m benchmarks.kernel_tpu
 
 clean:  ## removes what the commands made, runs and their checkpoints excepted
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ It is kept off the path of Python, because JAX takes an installed libtpu for a T
 lock file: two trainings on one machine would be in each other's way.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -20,6 +21,14 @@ def library() -> str | None:
   folders = [FOLDER / "libtpu", *(spec.submodule_search_locations if spec else ())]
   found = [p for folder in folders if (p := pathlib.Path(folder) / "libtpu.so").exists()]
   return str(found[0]) if found else None
+
+
+def version() -> str | None:
+  """Returns the version of the libtpu that `library` found, or None."""
+  path = library()
+  folders = [str(pathlib.Path(path).parent.parent)] if path else []
+  found = importlib.metadata.distributions(name="libtpu", path=folders)
+  return next((d.version for d in found), None)
 
 
 def environment(*arguments: str) -> dict[str, str]:

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _tpu_blocks as blocks
 from pallas_kernels import _tpu_chunk as chunk
 from pallas_kernels import _tpu_plan as plans
+from pallas_kernels._tpu_blocks import SUBLANES
 from pallas_kernels._tpu_chunk import row
-from pallas_kernels._tpu_forward import SUBLANES, VMEM_LIMIT, blocks, packs, store
 from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import Plan
 from pallas_kernels._tpu_tiles import F32, NT, Tiles, each
@@ -39,16 +40,6 @@ SIZE = {16: (4, 1), 32: (8, 1), 64: (16, 1)}
 
 def _over_slots(x):
   return jnp.sum(x, axis=0, keepdims=True)
-
-
-def _store_row(ref, at, xs):
-  """Writes the packs side by side into row `at` of a block [1, SUBLANES, lanes]."""
-  width = ref.shape[-1] // len(xs)
-  for i, x in enumerate(xs):
-    lanes = slice(i * width, (i + 1) * width)
-    before = ref[0, :, lanes]
-    here = jax.lax.broadcasted_iota(jnp.int32, before.shape, 0) == at
-    ref[0, :, lanes] = jnp.where(here, x, before)
 
 
 def _read_back(t: Tiles, x, values, read, gates):
@@ -163,9 +154,9 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
   q_bar_ref, k_bar_ref, v_bar_ref, a_bar_ref, gates_bar_ref = take(5)
   keep_bar_refs, renew_bar_refs = take(2), take(2) if restarts else None
   s_bar_refs, init_bar_refs = take(2), take(2) if restarts else None
-  b, step = pl.program_id(0), pl.program_id(2)
+  step, t = pl.program_id(2), Tiles(plan)
   at_chunk = plan.chunks - 1 - step
-  t, g = Tiles(plan), plan.G
+  load, store = (functools.partial(f, plan) for f in (blocks.load, blocks.store))
 
   @pl.when(step == 0)
   def _():
@@ -174,13 +165,11 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
     for init_bar in init_bar_refs or ():
       init_bar[...] = jnp.zeros_like(init_bar)
 
-  q, k, v, a, o_bar = (packs(ref[0], g) for ref in (q_ref, k_ref, v_ref, a_ref, o_bar_ref))
-  gates = packs(gates_ref[0], g)
+  q, k, v, a, o_bar, gates = map(load, (q_ref, k_ref, v_ref, a_ref, o_bar_ref, gates_ref))
   this = at_chunk % SUBLANES
-  decay = lambda refs, j: None if refs is None else packs(refs[j][0, pl.ds(this, 1)], g)
-  starts = [packs(ref[0], g) for ref in start_refs]
-  inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
-  s_bars = [packs(ref[0], g) for ref in s_bar_refs]
+  decay = lambda refs, j: None if refs is None else load(refs[j], pl.ds(this, 1))
+  starts, s_bars = ([load(ref) for ref in refs] for refs in (start_refs, s_bar_refs))
+  inits = [load(ref) for ref in init_refs] if restarts else (None, None)
   targets = each(t.columns, a)
   keys, values = (
     chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), starts, inits)
@@ -195,39 +184,36 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
   y_bar, step_k, q_bar, k_bar, gates_k = _keys_read_back(t, r_bar, keys, read, gates)
   back_k = _write_back(t, rho, keys, gates, s_bars[0], step_k, y_bar, read.q, decays[0])
 
-  whole = slice(None)
-  store(q_bar_ref, whole, q_bar)
-  store(k_bar_ref, whole, each(jnp.add, k_bar, back_k[2]))
-  store(v_bar_ref, whole, each(jnp.add, v_bar, back_v[2]))
-  a_bar = each(jnp.add, back_k[3], back_v[3])
-  store(a_bar_ref, whole, each(t.natural, a_bar))
-  both = lambda x, y: None if x is None else each(jnp.add, x, y)
+  add = lambda x, y: None if x is None else each(jnp.add, x, y)
+  store(q_bar_ref, q_bar)
+  store(k_bar_ref, add(k_bar, back_k[2]))
+  store(v_bar_ref, add(v_bar, back_v[2]))
+  store(a_bar_ref, each(t.natural, add(back_k[3], back_v[3])))
   rows = {
-    Gate.LOW: [math.log(2) * x for x in both(gates_k[0], gates_v[0])],
-    Gate.STEP: both(back_k[4], back_v[4]),
-    Gate.END: both(back_k[5], back_v[5]),
-    Gate.CARRY: both(gates_k[1], gates_v[1]),
-    Gate.FRESH: both(gates_k[2], gates_v[2]),
+    Gate.LOW: [math.log(2) * x for x in add(gates_k[0], gates_v[0])],
+    Gate.STEP: add(back_k[4], back_v[4]),
+    Gate.END: add(back_k[5], back_v[5]),
+    Gate.CARRY: add(gates_k[1], gates_v[1]),
+    Gate.FRESH: add(gates_k[2], gates_v[2]),
   }
-  none = jnp.zeros((1, plan.L), F32)
-  for i in range(g):
-    tile = [none if rows.get(r) is None else rows[r][i] for r in range(Gate.ROWS)]
-    gates_bar_ref[0, :, i * plan.L : (i + 1) * plan.L] = jnp.concatenate(tile, 0)
+  none = [jnp.zeros((1, plan.L), F32)] * len(q)
+  tiles = zip(*(rows.get(r) or none for r in range(Gate.ROWS)))
+  store(gates_bar_ref, [jnp.concatenate(tile, 0) for tile in tiles])
+  product = lambda s, b: _over_slots(s.astype(F32) * b)
   for j, s_bar in enumerate(s_bars):
-    product = lambda s, b: _over_slots(s.astype(F32) * b)
-    _store_row(keep_bar_refs[j], this, each(product, starts[j], s_bar))
+    blocks.store_row(plan, keep_bar_refs[j], each(product, starts[j], s_bar), this)
     if restarts:
-      _store_row(renew_bar_refs[j], this, each(product, inits[j], s_bar))
+      blocks.store_row(plan, renew_bar_refs[j], each(product, inits[j], s_bar), this)
   for j, (s_new, init_bar, *_) in enumerate((back_k, back_v)):
-    store(s_bar_refs[j], whole, s_new)
+    store(s_bar_refs[j], s_new)
     if restarts:
-      before = packs(init_bar_refs[j][0], g)
-      store(init_bar_refs[j], whole, each(jnp.add, before, init_bar))
+      store(init_bar_refs[j], add(load(init_bar_refs[j]), init_bar))
+  for r in range(plan.R):
 
-  @pl.when(last_ref[b] == at_chunk)
-  def _():
-    for s_bar, kept_bar in zip(s_bar_refs, kept_bar_refs):
-      s_bar[...] += kept_bar[...]
+    @pl.when(last_ref[pl.program_id(0) * plan.R + r] == at_chunk)
+    def _(r=r):
+      for s_bar, kept_bar in zip(s_bar_refs, kept_bar_refs):
+        s_bar[r] += kept_bar[r]
 
 
 def call(plan: Plan, spec, arrays, last, starts, cts):
@@ -247,15 +233,15 @@ def call(plan: Plan, spec, arrays, last, starts, cts):
   inputs, keep, renew, _, init = arrays
   b, _ = inputs[0].shape[:2]
   heads, widths = plan.heads[1], (plan.D, plan.V)
-  of = blocks(plan, lambda c: plan.chunks - 1 - c)
+  of = blocks.Blocks(plan, lambda c: plan.chunks - 1 - c)
   shape = jax.ShapeDtypeStruct
   like = lambda x: shape(x.shape, x.dtype)
   memory = [shape((b, plan.M, heads * w), F32) for w in widths]
-  tokens = [of["tokens"](w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of["gates"]]
-  decays = [of["decays"](w) for w in widths] * (2 if renew else 1)
-  memories = [of["memory"](w) for w in widths]
-  in_specs = [*tokens, *decays, *([of["init"](w) for w in widths] if init else [])]
-  in_specs += [of["starts"](w) for w in widths] + [of["tokens"](plan.V)] + memories * 2
+  tokens = [of.tokens(w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of.gates()]
+  decays = [of.decays(w) for w in widths] * (2 if renew else 1)
+  memories = [of.memory(w) for w in widths]
+  in_specs = [*tokens, *decays, *([of.init(w) for w in widths] if init else [])]
+  in_specs += [of.starts(w) for w in widths] + [of.tokens(plan.V)] + memories * 2
   out_shape = [like(x) for x in (*inputs, *keep, *renew)] + memory + (memory if init else [])
   out_specs = [*tokens, *decays] + memories * (2 if init else 1)
   o_bar, end_bar, kept_bar = cts
@@ -263,14 +249,12 @@ def call(plan: Plan, spec, arrays, last, starts, cts):
     functools.partial(_kernel, plan=plan, spec=spec, restarts=bool(init)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(b, plan.programs, plan.chunks),
+      grid=(b // plan.R, plan.programs, plan.chunks),
       in_specs=in_specs,
       out_specs=out_specs,
     ),
     out_shape=out_shape,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-    ),
+    compiler_params=blocks.PARAMS,
     interpret=plans.interpret(),
     name=NAME,
   )(last.astype(jnp.int32), *inputs, *keep, *renew, *init, *starts, o_bar, *end_bar, *kept_bar)

@@ -13,31 +13,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _tpu_blocks as blocks
 from pallas_kernels import _tpu_chunk as chunk
 from pallas_kernels import _tpu_plan as plans
+from pallas_kernels._tpu_blocks import SUBLANES
 from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import Plan
 from pallas_kernels._tpu_tiles import F32, Tiles, each
 
 NAME = "trellis_forward"
-# Rows of a block in fp32: chunks that share a block of decays.
-SUBLANES = 8
 # (packs, chunks) of a program for each chunk length.
 SIZE = {16: (8, 4), 32: (8, 4), 64: (16, 4)}
-VMEM_LIMIT = 64 << 20
-
-
-def packs(x, count: int):
-  """Cuts the lanes of x into packs."""
-  width = x.shape[-1] // count
-  return [x[..., i * width : (i + 1) * width] for i in range(count)]
-
-
-def store(ref, at, xs):
-  """Writes the packs side by side at rows `at` of a block [1, rows, lanes]."""
-  width = ref.shape[-1] // len(xs)
-  for i, x in enumerate(xs):
-    ref[0, at, i * width : (i + 1) * width] = x.astype(ref.dtype)
 
 
 def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
@@ -48,24 +34,24 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
   start_refs, init_refs = take(2), take(2) if restarts else None
   o_ref, *end_refs = take(3)
   kept_refs, at_start_refs = take(2), take(2)
-  b, step = pl.program_id(0), pl.program_id(2)
-  t, g = Tiles(plan), plan.G
+  step, t = pl.program_id(2), Tiles(plan)
+  load = functools.partial(blocks.load, plan)
 
   @pl.when(step == 0)
   def _():
     for end, start in zip(end_refs, start_refs):
       end[...] = start[...]
 
-  inits = [packs(ref[0], g) for ref in init_refs] if restarts else (None, None)
+  inits = [load(ref) for ref in init_refs] if restarts else (None, None)
 
   def one(i, carry):
     at = lambda n: pl.ds(pl.multiple_of(i * n, n), n)
     token = at(plan.C)
-    q, k, v, a = (packs(ref[0, token], g) for ref in (q_ref, k_ref, v_ref, a_ref))
-    gates = packs(gates_ref[0, at(Gate.ROWS)], g)
-    this = (step * plan.K + i) % SUBLANES
-    decay = lambda refs, j: None if refs is None else packs(refs[j][0, pl.ds(this, 1)], g)
-    memories = [packs(ref[0], g) for ref in end_refs]
+    q, k, v, a = (load(ref, token) for ref in (q_ref, k_ref, v_ref, a_ref))
+    gates = load(gates_ref, at(Gate.ROWS))
+    this = pl.ds((step * plan.K + i) % SUBLANES, 1)
+    decay = lambda refs, j: None if refs is None else load(refs[j], this)
+    memories = [load(ref) for ref in end_refs]
     targets = each(t.columns, a)
     both = [
       chunk.write(t, spec, w, targets, gates, s, s0) for w, s, s0 in zip((k, v), memories, inits)
@@ -76,40 +62,21 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
     ]
     o = chunk.read(t, spec, q, gates, *both).o
     for ref, w in zip(at_start_refs, both):
-      store(ref, at(plan.M), w.low)
-    store(o_ref, token, o)
+      blocks.store(plan, ref, w.low, at(plan.M))
+    blocks.store(plan, o_ref, o, token)
     for ref, s in zip(end_refs, ends):
-      store(ref, slice(None), s)
+      blocks.store(plan, ref, s)
     return carry
 
   jax.lax.fori_loop(0, plan.K, one, None)
-  last = last_ref[b]
+  for r in range(plan.R):
+    last = last_ref[pl.program_id(0) * plan.R + r]
 
-  @pl.when(last // plan.K == step)
-  def _():
-    at = pl.ds(pl.multiple_of(last % plan.K * plan.M, plan.M), plan.M)
-    for kept, starts in zip(kept_refs, at_start_refs):
-      kept[0] = starts[0, at].astype(F32)
-
-
-def blocks(plan: Plan, index):
-  """Returns makers of block specs: of tokens, gates, decays and memories, at `index` of a step."""
-
-  def spec(rows, lanes, at):
-    return pl.BlockSpec((1, rows, lanes), at)
-
-  here = lambda b, n, c, *_: (b, index(c), n)
-  fixed = lambda b, n, c, *_: (b, 0, n)
-  shared = lambda b, n, c, *_: (0, 0, n)
-  rows = lambda b, n, c, *_: (b, index(c) * plan.K // SUBLANES, n)
-  return dict(
-    tokens=lambda width: spec(plan.K * plan.C, plan.lanes(width), here),
-    gates=spec(plan.K * Gate.ROWS, plan.lanes(plan.C), here),
-    decays=lambda width: spec(SUBLANES, plan.lanes(width), rows),
-    starts=lambda width: spec(plan.K * plan.M, plan.lanes(width), here),
-    memory=lambda width: spec(plan.M, plan.lanes(width), fixed),
-    init=lambda width: spec(plan.M, plan.lanes(width), shared),
-  )
+    @pl.when(last // plan.K == step)
+    def _(r=r, last=last):
+      at = pl.ds(pl.multiple_of(last % plan.K * plan.M, plan.M), plan.M)
+      for kept, starts in zip(kept_refs, at_start_refs):
+        kept[r] = starts[r, at].astype(F32)
 
 
 def call(plan: Plan, spec, arrays, last, save: bool):
@@ -130,37 +97,35 @@ def call(plan: Plan, spec, arrays, last, save: bool):
   b, slots = inputs[0].shape[:2]
   heads = plan.heads[1]
   widths = (plan.D, plan.V)
-  of = blocks(plan, lambda c: c)
+  of = blocks.Blocks(plan, lambda c: c)
   shape = jax.ShapeDtypeStruct
   memory = [shape((b, plan.M, heads * w), F32) for w in widths]
   starts = [shape((b, plan.chunks * plan.M, heads * w), plan.operand) for w in widths]
-  in_specs = [of["tokens"](w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of["gates"]]
-  in_specs += [of["decays"](w) for w in widths] * (2 if renew else 1)
-  in_specs += [of["memory"](w) for w in widths]
-  in_specs += [of["init"](w) for w in widths] if init else []
+  in_specs = [of.tokens(w) for w in (plan.D, plan.D, plan.V, plan.M)] + [of.gates()]
+  in_specs += [of.decays(w) for w in widths] * (2 if renew else 1)
+  in_specs += [of.memory(w) for w in widths]
+  in_specs += [of.init(w) for w in widths] if init else []
   out_shape = [shape((b, slots, heads * plan.V), inputs[2].dtype), *memory, *memory]
-  out_specs = [of["tokens"](plan.V)] + [of["memory"](w) for w in widths] * 2
+  out_specs = [of.tokens(plan.V)] + [of.memory(w) for w in widths] * 2
   scratch = []
   if save:
     out_shape += starts
-    out_specs += [of["starts"](w) for w in widths]
+    out_specs += [of.starts(w) for w in widths]
   else:
     rows = plan.K * plan.M
-    scratch = [pltpu.VMEM((1, rows, plan.lanes(w)), plan.operand) for w in widths]
+    scratch = [pltpu.VMEM((plan.R, rows, plan.lanes(w)), plan.operand) for w in widths]
   kernel = functools.partial(_kernel, plan=plan, spec=spec, restarts=bool(init), save=save)
   out = pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(b, plan.programs, plan.chunks // plan.K),
+      grid=(b // plan.R, plan.programs, plan.chunks // plan.K),
       in_specs=in_specs,
       out_specs=out_specs,
       scratch_shapes=scratch,
     ),
     out_shape=out_shape,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-    ),
+    compiler_params=blocks.PARAMS,
     interpret=plans.interpret(),
     name=NAME,
   )(jnp.maximum(last, 0).astype(jnp.int32), *inputs, *keep, *renew, *start, *init)

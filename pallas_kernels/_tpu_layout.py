@@ -115,3 +115,9 @@ def from_memory(plan: Plan, s, dtype):
   """The inverse of `memory`: [B, M, H W] to [B, H, M, W]."""
   s = s.reshape(*s.shape[:2], plan.heads[1], -1)
   return jnp.swapaxes(s, 1, 2)[:, : plan.heads[0]].astype(dtype)
+
+
+def fit_lanes(x, lanes: int):
+  """Heads of zeros added or left out, where two kernels fill their last packs differently."""
+  more = lanes - x.shape[-1]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, more))) if more > 0 else x[..., :lanes]

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     heads: H, and with those of zeros that fill the last pack.
     P: heads of a pack, whose P C tokens fill the 128 lanes.
     G: packs of a program, side by side on lanes; independent work that hides latency.
+    R: rows of the batch of a program, for the same where one row has few packs.
     K: chunks of a program's step.
     chunks: of a row, a multiple of K.
     bf16: whether matrix products take bfloat16 operands; sums and states are fp32 always.
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
   heads: tuple[int, int]
   P: int
   G: int
+  R: int
   K: int
   chunks: int
   bf16: bool
@@ -78,7 +80,7 @@ class Plan(NamedTuple):
 
 def make(spec, inputs, packs: int, chunks: int) -> Plan:
   """Returns a call's plan: at most `packs` packs, of bfloat16 and width 64, `chunks` a step."""
-  _, slots, heads, d = inputs.q.shape
+  b, slots, heads, d = inputs.q.shape
   v, m, c = inputs.v.shape[-1], inputs.alpha.shape[-1], spec.chunk_size
   arrays = (inputs.q, inputs.k, inputs.v, inputs.alpha)
   low = all(a.dtype == jnp.bfloat16 for a in arrays)
@@ -91,10 +93,12 @@ def make(spec, inputs, packs: int, chunks: int) -> Plan:
   g = math.ceil(least / programs)
   if programs > 1 and g * p * m % LANES:
     g += 1
+  # Two programs at least, for chips of two cores.
+  rows = [r for r in range(1, b // 2 + 1) if b % r == 0 and r * g <= packs and programs == 1]
   n = slots // c
   k = min(chunks, n)
   padded = math.ceil(least / g) * g * p
-  return Plan(c, d, v, m, (heads, padded), p, g, k, math.ceil(n / k) * k, low)
+  return Plan(c, d, v, m, (heads, padded), p, g, max(rows, default=1), k, math.ceil(n / k) * k, low)
 
 
 def platform() -> str:

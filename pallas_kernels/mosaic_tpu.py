@@ -19,7 +19,7 @@ def supports(spec, shapes) -> str | None:
   return "; ".join(plans.reasons(spec, shapes)) or None
 
 
-def _arrays(plan, inputs, gates, start, init):
+def kernel_arrays(plan, inputs, gates, start, init):
   """Returns the kernels' arrays: (tokens and gates, keep, renew, start, init)."""
   tokens = tuple(_tpu_layout.tokens(plan, x) for x in inputs[:4])
   lanes = lambda x: tuple(_tpu_layout.on_lanes(x, w) for w in (plan.D, plan.V))
@@ -29,7 +29,7 @@ def _arrays(plan, inputs, gates, start, init):
   return (*tokens, gates.rows), lanes(gates.keep), lanes(gates.renew), memory(start), memory(init)
 
 
-def _gates(plan, log_beta, gamma, run):
+def kernel_gates(plan, log_beta, gamma, run):
   pad = lambda x, **kw: _tpu_layout.pad_slots(plan, x, **kw)
   run = None if run is None else pad(run, mode="edge")
   return _tpu_layout.gates(plan, pad(log_beta), pad(gamma), run)
@@ -46,8 +46,8 @@ def _survives(run, last, chunk: int):
 def forward(spec, inputs, start, init, rows, save: bool):
   """Returns (o [B N H V], end, kept, saved); see `trellis_jax.ops.backends` for the contract."""
   plan = plans.make(spec, inputs, *_tpu_forward.SIZE[spec.chunk_size])
-  gates = _gates(plan, inputs.log_beta, inputs.gamma, rows.run)
-  arrays = _arrays(plan, inputs, gates, start, init)
+  gates = kernel_gates(plan, inputs.log_beta, inputs.gamma, rows.run)
+  arrays = kernel_arrays(plan, inputs, gates, start, init)
   o, end, kept, saved = _tpu_forward.call(plan, spec, arrays, rows.last, save)
   back = lambda pair: tuple(
     _tpu_layout.from_memory(plan, s, like.dtype) for s, like in zip(pair, start)
@@ -65,16 +65,21 @@ def backward(spec, inputs, start, init, rows, saved, cts):
   o_bar, end_bar, kept_bar = cts
   slots = inputs.q.shape[1]
   gates, pull = jax.vjp(
-    lambda log_beta, gamma: _gates(plan, log_beta, gamma, rows.run), inputs.log_beta, inputs.gamma
+    lambda log_beta, gamma: kernel_gates(plan, log_beta, gamma, rows.run),
+    inputs.log_beta,
+    inputs.gamma,
   )
   init_bar = tuple(jnp.zeros_like(s) for s in init)
   if rows.run is not None:
     survives = _survives(rows.run, rows.last, spec.chunk_size)
     init_bar = tuple(jnp.sum(jnp.where(survives, 0, s), axis=0) for s in kept_bar)
     kept_bar = tuple(jnp.where(survives, s, 0) for s in kept_bar)
-  arrays = _arrays(plan, inputs, gates, start, init)
+  arrays = kernel_arrays(plan, inputs, gates, start, init)
   memory = lambda pair: tuple(_tpu_layout.memory(plan, s) for s in pair)
   cts = _tpu_layout.tokens(plan, o_bar), memory(end_bar), memory(kept_bar)
+  saved = tuple(
+    _tpu_layout.fit_lanes(s, plan.heads[1] * w) for s, w in zip(saved, (plan.D, plan.V))
+  )
   out = _tpu_backward.call(plan, spec, arrays, rows.last, saved, cts)
   (*tokens, gates_bar), keep_bar, renew_bar, start_bar, more = out
   per_head = lambda pair: sum(

@@ -20,7 +20,7 @@ topology, chunk_size = sys.argv[1], int(sys.argv[2])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 axes = dict(axis_names=("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 mesh = Mesh(np.array(devices[:4]).reshape(2, 2), **axes)
-B, T, H, D, M, F = 4, 200, 8, 64, 64, 256
+B, T, H, D, M, F = 8, 200, 8, 64, 64, 256
 
 def loss(weights, x, ids):
   into = lambda w: jnp.einsum("btf,fhd->bthd", x, w, out_sharding=P("data", None, "model", None))
