@@ -67,7 +67,7 @@ def test_every_activation_and_outer_gradient(phi, rho):
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_bf16_operands(chunk_size):
-  arrays, memory = tpu_kernels.case(t=150)
+  arrays, memory = tpu_kernels.case(b=4, t=150)  # two rows a program
   low = (*(x.astype(jnp.bfloat16) for x in arrays[:4]), *arrays[4:])
   exact = tuple(x.astype(jnp.float32) for x in low)
   with tpu_kernels.interpreted():
