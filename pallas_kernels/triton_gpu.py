@@ -3,12 +3,15 @@ r"""Implementation "triton_gpu": Pallas-Triton kernels for NVIDIA GPUs, Hopper f
 The forward is two launches: the sequential evolution of both memories (`_triton_evolve`), then all
 reads in parallel (`_triton_readout`). The backward is three: the reads' backward in parallel
 (`_triton_readout_backward`), the reverse evolution, the gradients of what was written in parallel
-(`_triton_writes_backward`). What is small per token, the decays, is left to XLA.
+(`_triton_writes_backward`). What is small per token, the decays, is left to XLA. A single token is
+one launch (`_triton_step`).
 
 Operands of the products and what goes through memory have v's dtype; memories, decays, normalisers
 and sums are fp32. With fp32 operands the products are TF32 by default, as JAX's own are on these
 GPUs, and three TF32 products with precision "high" or "highest".
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +22,12 @@ from pallas_kernels import _triton_evolve as evolve
 from pallas_kernels import _triton_kept as kept_memory
 from pallas_kernels import _triton_readout as readout
 from pallas_kernels import _triton_readout_backward as readout_backward
+from pallas_kernels import _triton_step as one_token
 from pallas_kernels import _triton_writes_backward as writes_backward
 from pallas_kernels._triton_activations import ACTIVATIONS
 from pallas_kernels._triton_call import BLOCK, Plan, interpreted
 
-__all__ = ["backward", "forward", "interpreted", "supports"]
+__all__ = ["backward", "forward", "interpreted", "step", "supports"]
 
 WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
 DTYPES = ("bfloat16", "float32")
@@ -159,6 +163,28 @@ def backward(spec, inputs, start, init, rows, saved, cts):
     gamma=back(gamma_bar, x.gamma),
   )
   return jax.tree.map(lambda g: g[:, :slots], grads), start_bar, tuple(init_bar)
+
+
+def step(spec, memory, state, token):
+  """Returns (state after one token, o [B H V] in fp32), as `trellis_jax/ops/reference.py` says."""
+  *tokens, log_beta, gamma, segment = token
+  live = segment != 0
+  restarts = live & (state.segment != 0) & (segment != state.segment)
+  offset = jnp.where(live, (state.offset + 1) % spec.chunk_size, state.offset)
+  flags = jnp.stack([live, restarts, state.offset == 0, offset == 0], axis=1).astype(jnp.int32)
+  o, memories, anchors = one_token.step(
+    Plan.of(spec, jnp.float32, runs=False),
+    flags,
+    jnp.stack([jnp.exp(log_beta), gamma], axis=-1),
+    *tokens,
+    (state.memory_k, state.memory_v),
+    (state.anchor_k, state.anchor_v),
+    memory,
+  )
+  names = ("memory_k", "memory_v", "anchor_k", "anchor_v")
+  new = dict(zip(names, (*memories, *anchors)), offset=offset)
+  segment = jnp.where(live, segment, state.segment)
+  return dataclasses.replace(state, **new, segment=segment), o
 
 
 def _gates_bar(plan, log_beta, run, parts, before):

@@ -5,6 +5,7 @@ A backend is a module with
   supports(spec, shapes) -> None, or why it cannot run this call here
   forward(spec, inputs, start, init, rows, save) -> (o, end, kept, saved)
   backward(spec, inputs, start, init, rows, saved, cts) -> (inputs_bar, start_bar, init_bar)
+  step(spec, memory, state, token) -> (state, o), as `ops/reference.py` has it: may be absent
 
 as `ops/chunked.py` documents them ("reference" alone is a plain function). A backend sees whole
 chunks only: `ops/trellis.py` takes the rest of a chunk that an earlier call left unfinished.
@@ -44,6 +45,11 @@ def kernels() -> list[str]:
 def load(name: str):
   """Returns the backend module of a name that `choose` returned."""
   return chunked if name == "xla" else importlib.import_module(f"pallas_kernels.{name}")
+
+
+def steps(name: str) -> bool:
+  """Whether an implementation takes a single token in its own way, in fp32."""
+  return name != "reference" and hasattr(load(name), "step")
 
 
 def choose(name: str | None, spec: Spec, shapes: Shapes) -> str:

@@ -111,7 +111,7 @@ def _call(implementation, spec, x: Inputs, initial_memory, initial_state, segmen
     state = jax.tree.map(to_acc, state)
   x = x._replace(log_beta=x.log_beta.astype(acc), gamma=x.gamma.astype(acc))
   if implementation == "reference" or t == 1:
-    return _token_loop(spec, memory, state, x, segment_ids)
+    return _token_loop(implementation, spec, memory, state, x, segment_ids)
 
   slots = lambda tokens: math.ceil(tokens / spec.chunk_size) * spec.chunk_size
   grid, anchor = None, None
@@ -138,19 +138,34 @@ def _call(implementation, spec, x: Inputs, initial_memory, initial_state, segmen
   return o, TrellisState(*end, *anchors, offset=offset, segment=segment)
 
 
-def _token_loop(spec, memory, state, x: Inputs, segment_ids):
-  """The definition, token by token: "reference", and a single token of any implementation."""
+def _token_loop(implementation, spec, memory, state, x: Inputs, segment_ids):
+  """The definition, token by token, and a single token of any implementation."""
   b, t = x.q.shape[:2]
   acc = state.memory_k.dtype
   if segment_ids is None:
     segment_ids = jnp.broadcast_to(jnp.maximum(state.segment, 1)[:, None], (b, t))
   tokens = (*(a.astype(acc) for a in x), segment_ids)
   if t == 1:
-    state, o = reference.step(spec, memory, state, tuple(a[:, 0] for a in tokens))
+    step = reference.step
+    if acc == jnp.float32 and backends.steps(implementation):
+      step = functools.partial(_step, implementation)
+    state, o = step(spec, memory, state, tuple(a[:, 0] for a in tokens))
     o = o[:, None]
   else:
     o, state = reference.forward(spec, memory, state, tokens)
   return o.astype(x.v.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _step(implementation, spec, memory, state, token):
+  """One token as a backend takes it; the derivative is the definition's."""
+  return backends.load(implementation).step(spec, memory, state, token)
+
+
+_step.defvjp(
+  lambda implementation, spec, *args: (_step(implementation, spec, *args), args),
+  lambda _, spec, args, cts: jax.vjp(functools.partial(reference.step, spec), *args)[1](cts),
+)
 
 
 def _on_grid(implementation, spec, inputs, start, anchor, init, rows):

@@ -1,0 +1,84 @@
+r"""One token, for decoding: both memories written and read in one launch.
+
+One program per row and head. With S the running memory and A that of the chunk's start, both the
+initial one behind a restart, and A = S where a chunk opens, first for keys, then for values:
+
+  z = A w,   u = J_phi(z)^T (phi(z) - a),   S <- b S - g u w^T
+  o = phi_out(S_v^T f(S_k q))
+
+All in fp32 and without matrix products: a token reads and writes every memory once, which is what
+its time is made of.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import _triton_activations as activations
+from pallas_kernels._triton_call import call, tile
+
+# Rows of the flags [B] of a token; see `step`.
+LIVE, RESTARTS, OPENS, CLOSES = range(4)
+
+
+def _write(plan, flags, decay, rate, a, w, refs):
+  """Stores one memory and its chunk start after the token, and returns the memory [M W]."""
+  s_ref, anchor_ref, init_ref, s_out, anchor_out = refs
+  old, old_anchor = s_ref[...], anchor_ref[...]
+  restarts = flags[RESTARTS] > 0
+  s = jnp.where(restarts, init_ref[...], old)
+  anchor = jnp.where(flags[OPENS] > 0, s, jnp.where(restarts, init_ref[...], old_anchor))
+  z = jnp.sum(anchor * w[None, :], axis=1)
+  u = _on_row(activations.inner_gradient, plan, plan.phi, z, a[None, :], plan.phi_eps)
+  new = decay * s - (rate * u)[:, None] * w[None, :]
+  live = flags[LIVE] > 0
+  s_out[...] = jnp.where(live, new, old)
+  anchor_out[...] = jnp.where(live, jnp.where(flags[CLOSES] > 0, new, anchor), old_anchor)
+  return new
+
+
+def _on_row(function, plan, name, x, *args):
+  """Returns an activation of a vector, which the functions of tiles take as a tile of one row."""
+  return jnp.sum(function(plan, name, x[None, :], *args), axis=0)
+
+
+def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
+  """Returns (o [B H V], (S_k, S_v), (A_k, A_v)) after one token.
+
+  Args:
+    plan: the static choices.
+    flags: int32 [B 4]: whether the token exists, restarts its row, opens a chunk, closes one.
+    gates: fp32 [B H 2], exp(log_beta) and gamma.
+    q, k, v, alpha: fp32 [B H D | V | M].
+    memories, anchors: (S_k, S_v) and those at the chunk's start, fp32 [B H M D | V].
+    init: (S_k, S_v) [H M D | V] fp32.
+  """
+  b, h, d = q.shape
+  width, m = v.shape[-1], alpha.shape[-1]
+
+  def trellis_step(flags, gates, q, k, v, a, *refs):
+    (s_k, s_v, a_k, a_v, init_k, init_v, o), outs = refs[:7], refs[7:]
+    decay, rate, a = gates[0], gates[1], a[...]
+    keys, values = (s_k, a_k, init_k, *outs[::2]), (s_v, a_v, init_v, *outs[1::2])
+    new = _write(plan, flags, decay, rate, a, k[...], keys)
+    y = jnp.sum(new * q[...][None, :], axis=1)
+    r = _on_row(activations.apply, plan, plan.f, y, plan.eps)
+    new = _write(plan, flags, decay, rate, a, v[...], values)
+    p = jnp.sum(new * r[:, None], axis=0)
+    p = _on_row(activations.apply, plan, plan.phi_out, p, plan.eps)
+    o[...] = jnp.where(flags[LIVE] > 0, p, 0)
+
+  row = lambda *size: tile((None, None, *size), lambda h, b: (b, h, *(0,) * len(size)))
+  head = lambda *size: tile((None, *size), lambda h, b: (h, 0, 0))
+  both = [row(m, d), row(m, width)]
+  o, *rest = call(
+    plan,
+    trellis_step,
+    (h, b),
+    [tile((None, 4), lambda h, b: (b, 0)), row(2), row(d), row(d), row(width), row(m)]
+    + both * 2
+    + [head(m, d), head(m, width)],
+    [row(width), *both, *both],
+    [(v.shape, jnp.float32), *[(x.shape, jnp.float32) for x in (*memories, *anchors)]],
+    warps=4 if m * max(d, width) <= 64 * 64 else 8,
+    stages=1,
+  )(flags, gates, q, k, v, alpha, *memories, *anchors, *init)
+  return o, tuple(rest[:2]), tuple(rest[2:])
