@@ -4,8 +4,8 @@
 
 Needs the `triton` package (3.6.0, from PyPI), which carries NVIDIA's assembler, and no GPU: the
 op's gradient is lowered for CUDA, the Triton IR of every kernel compiled for sm_90a. Writes
-results/kernel_gpu.jsonl and kernel_gpu.md. `--check` compiles the first shapes and compares with
-the committed table.
+results/kernel_gpu.jsonl and kernel_gpu.md. `--check N` compiles the first N shapes and compares
+with the committed table.
 """
 
 import argparse
