@@ -7,12 +7,12 @@ parameters, optimiser state and batches live (`jax.jit`'s shardings).
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from experiments.errors import UserError
+from trellis_jax import sharding
 
-AXES = ("data", "fsdp", "model")
-BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch; the tokens of a row stay together
+AXES = (*sharding.ROWS, *sharding.HEADS)
 
 
 def start_distributed(cfg: ml_collections.ConfigDict) -> None:
@@ -72,5 +72,5 @@ def check_batch(batch_size: int, grad_accum: int, mesh: Mesh) -> None:
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows `[B / processes, T]` as arrays `[B, T]` over the mesh."""
-  sharding = NamedSharding(mesh, BATCH)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  rows = NamedSharding(mesh, sharding.BATCH)
+  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}

@@ -112,7 +112,7 @@ def build(job: Job) -> Program:
   """Shards the state over the mesh and jits a run's functions with those shardings."""
   cfg, mesh = job.cfg, job.mesh
   place = lambda spec: NamedSharding(mesh, spec)
-  everywhere, rows = place(PartitionSpec()), place(mesh_lib.BATCH)
+  everywhere, rows = place(PartitionSpec()), place(sharding.BATCH)
   schedule, optimizer = optim.schedule(cfg.optim, cfg.steps), optim.optimizer(cfg.optim, cfg.steps)
   init = functools.partial(step_lib.init_state, job.make_lm, optimizer)
   shapes = jax.eval_shape(init)

@@ -1,4 +1,4 @@
-"""What the TPU kernels are built for: sizes, types, packing of heads, and what they refuse."""
+"""What a call of the TPU kernels is built for: sizes, types, packing of heads."""
 
 import contextlib
 import math
@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
-WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
-ACTIVATIONS = ("identity", "silu", "ln_silu", "l2_silu")
-DTYPES = ("bfloat16", "float32")
 
 # How Pallas runs the kernels: False compiles them; tests set an interpreter for other platforms.
 _interpret = False
@@ -99,29 +96,3 @@ def make(spec, inputs, packs: int, chunks: int) -> Plan:
   k = min(chunks, n)
   padded = math.ceil(least / g) * g * p
   return Plan(c, d, v, m, (heads, padded), p, g, max(rows, default=1), k, math.ceil(n / k) * k, low)
-
-
-def platform() -> str:
-  """Returns what the call will run on: the mesh's device, or the default backend's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
-def reasons(spec, shapes) -> list[str]:
-  """Returns everything that keeps the kernels from running a call."""
-  found = []
-
-  def need(name, value, accepted):
-    if value not in accepted:
-      found.append(f"{name}={value} is none of {', '.join(map(str, accepted))}")
-
-  if not _interpret:
-    need("platform", platform(), ("tpu",))
-  need("D", shapes.D, WIDTHS)
-  need("V", shapes.V, WIDTHS)
-  need("M", shapes.M, SLOTS)
-  need("chunk_size", spec.chunk_size, CHUNKS)
-  need("dtype", shapes.dtype, DTYPES)
-  for role in ("phi", "f", "phi_out"):
-    need(role, getattr(spec, role), ACTIVATIONS)
-  return found

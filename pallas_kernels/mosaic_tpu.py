@@ -10,13 +10,13 @@ saved starts are kept as the products take them.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _tpu_backward, _tpu_forward, _tpu_layout
+from pallas_kernels import _support, _tpu_backward, _tpu_forward, _tpu_layout
 from pallas_kernels import _tpu_plan as plans
 
 
 def supports(spec, shapes) -> str | None:
-  """Returns None, or everything that keeps the kernels from running the call here."""
-  return "; ".join(plans.reasons(spec, shapes)) or None
+  """Returns None, or every reason why the kernels cannot run this call here."""
+  return _support.reasons(spec, shapes, None if plans.interpret() else ("tpu",))
 
 
 def kernel_arrays(plan, inputs, gates, start, init):

@@ -1,10 +1,10 @@
 r"""Implementation "triton_gpu": Pallas-Triton kernels for NVIDIA GPUs, Hopper first.
 
 The forward is two launches: the sequential evolution of both memories (`_triton_evolve`), then all
-reads in parallel (`_triton_readout`). The backward is three: the reads' backward in parallel
-(`_triton_readout_backward`), the reverse evolution, the gradients of what was written in parallel
-(`_triton_writes_backward`). What is small per token, the decays, is left to XLA. A single token is
-one launch (`_triton_step`).
+reads in parallel (`_triton_readout`). The backward is four: the reads' of values and of keys in
+parallel (`_triton_readout_backward`), the reverse evolution, the gradients of what was written in
+parallel (`_triton_writes_backward`). What is small per token, the decays, is left to XLA. A single
+token is one launch (`_triton_step`).
 
 Operands of the products and what goes through memory have v's dtype; memories, decays, normalisers
 and sums are fp32. With fp32 operands the products are TF32 by default, as JAX's own are on these
@@ -16,6 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _support
 from pallas_kernels import _triton_call as launch
 from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_evolve as evolve
@@ -24,35 +25,14 @@ from pallas_kernels import _triton_readout as readout
 from pallas_kernels import _triton_readout_backward as readout_backward
 from pallas_kernels import _triton_step as one_token
 from pallas_kernels import _triton_writes_backward as writes_backward
-from pallas_kernels._triton_activations import ACTIVATIONS
 from pallas_kernels._triton_call import BLOCK, Plan, interpreted
 
 __all__ = ["backward", "forward", "interpreted", "step", "supports"]
 
-WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
-DTYPES = ("bfloat16", "float32")
-
-
-def _platform() -> str:
-  """Returns where a call would run: the mesh's device if it names one, else JAX's default."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else getattr(device, "platform", "gpu")
-
 
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""
-  reasons = []
-  platform = _platform()
-  if platform not in ("gpu", "cuda") and not launch.interpreting():
-    reasons.append(f"the platform is {platform}, not gpu")
-  checks = [("D", shapes.D, WIDTHS), ("V", shapes.V, WIDTHS), ("M", shapes.M, SLOTS)]
-  checks += [("chunk_size", spec.chunk_size, CHUNKS), ("dtype", shapes.dtype, DTYPES)]
-  for role in ("phi", "f", "phi_out"):
-    checks.append((role, getattr(spec, role), tuple(ACTIVATIONS)))
-  for name, given, accepted in checks:
-    if given not in accepted:
-      reasons.append(f"{name} is {given}, not one of {', '.join(map(str, accepted))}")
-  return "; ".join(reasons) or None
+  return _support.reasons(spec, shapes, None if launch.interpreting() else ("gpu", "cuda"))
 
 
 def _prepare(spec, inputs, rows):

@@ -1,10 +1,12 @@
 """Random inputs of the op, and the distance between two results, shared by its tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trellis_jax import TrellisState
+from trellis_jax import TrellisState, trellis
 
 
 def inputs(b=2, t=37, h=3, d=5, v=7, m=6, seed=0, dtype=np.float64):
@@ -46,14 +48,40 @@ def packed(t=37):
   return jnp.asarray([r + [0] * (t - len(r)) for r in rows], jnp.int32)
 
 
-def scalar(o, final):
-  """Returns a smooth number that depends on every output and every float of the final state."""
+def scalar(*outputs):
+  """Returns a smooth number that depends on every float of the outputs, such as (o, final state).
+
+  The phases are small, so that fp32 holds their sines to its own precision in long arrays too.
+  """
   total = 0.0
-  for i, x in enumerate(jax.tree.leaves((o, final))):
+  for i, x in enumerate(jax.tree.leaves(outputs)):
     if jnp.issubdtype(x.dtype, jnp.floating):
       x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
-      total = total + jnp.sum(jnp.sin(x * (1 + 0.1 * i) + jnp.arange(x.size, dtype=x.dtype)))
+      total = total + jnp.sum(jnp.sin(x * (1 + 0.1 * i) + jnp.arange(x.size) % 13))
   return total
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "knobs"))
+def value_and_grads(arrays, memory, state, segment_ids, implementation, knobs):
+  """Returns ((o, final state), the gradients of `scalar` of them by every float that goes in).
+
+  knobs: the op's other arguments, as a sorted tuple of pairs.
+  """
+
+  def loss(arrays, memory, state):
+    out = trellis(
+      *arrays,
+      initial_memory=memory,
+      initial_state=state,
+      segment_ids=segment_ids,
+      implementation=implementation,
+      **dict(knobs),
+    )
+    return scalar(*out), out
+
+  run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+  (_, out), grads = run(arrays, memory, state)
+  return out, [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
 
 
 def distance(x, y):

@@ -5,17 +5,16 @@ import re
 
 import jax
 import jax.numpy as jnp
+import mixer_step
 import numpy as np
 import op_cases
 import pytest
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 from benchmarks import kernel_gpu
 from pallas_kernels import _triton_activations, _triton_decays, triton_gpu
 from pallas_kernels._triton_call import Plan
-from trellis_jax import TrellisState, mixers, sharding, trellis
+from trellis_jax import TrellisState, trellis
 from trellis_jax.ops import activations, backends, decay
 from trellis_jax.ops.spec import Spec
 
@@ -25,34 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*deprecated:Deprecation
 
 FORWARD, GRADIENT, BF16 = 2e-5, 2e-4, 1e-2
 NAMES = ("identity", "silu", "ln_silu", "l2_silu")
-
-
-def _scalar(*outputs):
-  """As `op_cases.scalar`, with phases that fp32 holds to its own precision in long arrays too."""
-  total = 0.0
-  for i, x in enumerate(jax.tree.leaves(outputs)):
-    if jnp.issubdtype(x.dtype, jnp.floating):
-      x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
-      total = total + jnp.sum(jnp.sin(x * (1 + 0.1 * i) + jnp.arange(x.size) % 13))
-  return total
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "knobs"))
-def _value_and_grads(arrays, memory, state, segment_ids, implementation, knobs):
-  def loss(arrays, memory, state):
-    o, final = trellis(
-      *arrays,
-      initial_memory=memory,
-      initial_state=state,
-      segment_ids=segment_ids,
-      implementation=implementation,
-      **dict(knobs),
-    )
-    return _scalar(o, final), (o, final)
-
-  out = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
-  (_, result), grads = out(arrays, memory, state)
-  return result, [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
 
 
 def _check(knobs, with_state=False, segment_ids=None, dtype=np.float32, **sizes):
@@ -67,7 +38,7 @@ def _check(knobs, with_state=False, segment_ids=None, dtype=np.float32, **sizes)
       if wide:
         up = lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
         arrays, memory, state = jax.tree.map(up, (arrays, memory, state))
-      out = _value_and_grads(arrays, memory, state, segment_ids, implementation, knobs)
+      out = op_cases.value_and_grads(arrays, memory, state, segment_ids, implementation, knobs)
       results.append(jax.device_get(out))
   (got, grads), (want, want_grads) = results
   fp32 = dtype == np.float32
@@ -126,14 +97,14 @@ def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
 
   def whole(arrays):
     o, state = run(*arrays, initial_memory=memory)
-    return _scalar(o, state), (o, state)
+    return op_cases.scalar(o, state), (o, state)
 
   def parts(arrays):
     first, rest = (jax.tree.map(lambda x: x[:, s], arrays) for s in (slice(at), slice(at, None)))
     o, state = run(*first, initial_memory=memory)
     more, state = run(*rest, initial_state=state)
     o = jnp.concatenate([o, more], axis=1)
-    return _scalar(o, state), (o, state)
+    return op_cases.scalar(o, state), (o, state)
 
   with triton_gpu.interpreted():
     (_, want), want_grads = jax.jit(jax.value_and_grad(whole, has_aux=True))(arrays)
@@ -157,7 +128,7 @@ def test_single_tokens_go_through_chunks_padding_and_restarts():
     def loss(arrays, state):
       time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*arrays, ids))
       state, o = jax.lax.scan(token, state, time_major)
-      return _scalar(o, state), (o, state)
+      return op_cases.scalar(o, state), (o, state)
 
     state = TrellisState.fresh(memory, 2, 16)
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, state)
@@ -175,9 +146,9 @@ def test_erasing_gates_and_tiny_decays():
   gates[:, ::7], gates[:, 3::5] = -np.inf, np.log(1e-6)
   arrays = (*arrays[:4], jnp.asarray(gates), arrays[5])
   knobs = (("chunk_size", 16),)
-  want = _value_and_grads(arrays, memory, None, None, "reference", knobs)
+  want = op_cases.value_and_grads(arrays, memory, None, None, "reference", knobs)
   with triton_gpu.interpreted():
-    got = _value_and_grads(arrays, memory, None, None, "triton_gpu", knobs)
+    got = op_cases.value_and_grads(arrays, memory, None, None, "triton_gpu", knobs)
   assert op_cases.distance(got[0], want[0]) <= FORWARD
   assert op_cases.distance(got[1], want[1]) <= GRADIENT
 
@@ -286,17 +257,7 @@ def test_remat_runs_the_forward_kernels_again():
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_a_training_step_over_eight_gpus_runs_the_kernels_on_each_one_s_rows_and_heads(kind):
   mesh = kernel_gpu.mesh(("data", 4), ("model", 2), kind=kind)
-  config = mixers.configure("trellis", dict(num_slots=64, chunk_size=64))
-  make = lambda: mixers.get("trellis").Mixer(256, 4, config, rngs=nnx.Rngs(0))
-  graph, params = nnx.split(nnx.eval_shape(make))
-
-  def step(params, x):
-    loss = lambda params: jnp.sum(nnx.merge(graph, params)(x)[0] ** 2)
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
-
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-  params = jax.tree.map(place, params, sharding.param_specs(params, mesh))
-  x = place(jax.ShapeDtypeStruct((8, 128, 256), jnp.float32), P("data"))
+  step, params, x = mixer_step.step_and_arguments(mesh, tokens=128)
   text = _lower(step, params, x, mesh=mesh)
   assert _launches(text) == FORWARD_KERNELS + BACKWARD_KERNELS
   # g U of both passes: 2 of 8 rows, 2 of 4 heads.

@@ -11,11 +11,9 @@ import pytest
 
 PROGRAM = """
 import json, re
-import jax, jax.numpy as jnp, numpy as np
-from flax import nnx
+import jax, mixer_step, numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from trellis_jax import mixers, sharding
+from jax.sharding import AxisType, Mesh
 
 H200 = '''gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -30,17 +28,7 @@ device_description_str: "NVIDIA H200"'''
 topology = topologies.get_topology_desc("eight", "cuda", target_config=H200, topology="1x1x8")
 devices = np.array(topology.devices).reshape(4, 2)
 mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-config = mixers.configure("trellis", dict(num_slots=64, chunk_size=64))
-make = lambda: mixers.get("trellis").Mixer(256, 4, config, rngs=nnx.Rngs(0))
-graph, params = nnx.split(nnx.eval_shape(make))
-
-def step(params, x):
-  loss = lambda params: jnp.sum(nnx.merge(graph, params)(x)[0] ** 2)
-  return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
-
-place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-params = jax.tree.map(place, params, sharding.param_specs(params, mesh))
-x = place(jax.ShapeDtypeStruct((8, 512, 256), jnp.float32), P("data"))
+step, params, x = mixer_step.step_and_arguments(mesh, tokens=512)
 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
   done = jax.jit(step).trace(params, x).lower(lowering_platforms=("cuda",)).compile()
 text, memory = done.as_text(), done.memory_analysis()
@@ -58,11 +46,12 @@ print(json.dumps(dict(
   reason="XLA for GPUs (jax-cuda13-plugin, jax-cuda13-pjrt) is not installed",
 )
 def test_a_training_step_over_eight_gpus_compiles():
-  quiet = {"CUDA_VISIBLE_DEVICES": "-1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+  here = pathlib.Path(__file__).parent
+  more = {"CUDA_VISIBLE_DEVICES": "-1", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+  more |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM],
-    cwd=pathlib.Path(__file__).parent.parent,
-    env={**os.environ, **quiet, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, **more},
     capture_output=True,
     text=True,
   )

@@ -1,7 +1,5 @@
 """The op's chunked scan against its definition: outputs, final state, all gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,25 +14,6 @@ FORWARD, GRADIENT = 1e-5, 1e-4
 ACTIVATIONS = ("identity", "silu", "ln_silu", "l2_silu", "softmax")
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "knobs"))
-def _value_and_grads(arrays, memory, state, segment_ids, implementation, knobs):
-  def loss(arrays, memory, state):
-    o, final = trellis(
-      *arrays,
-      initial_memory=memory,
-      initial_state=state,
-      segment_ids=segment_ids,
-      implementation=implementation,
-      **dict(knobs),
-    )
-    return op_cases.scalar(o, final), (o, final)
-
-  out = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
-  (_, result), grads = out(arrays, memory, state)
-  floats = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
-  return result, floats(grads)
-
-
 def _both(knobs, with_state, segment_ids):
   """Returns (fp32 "xla", fp64 "reference"), each (outputs and state, gradients)."""
   knobs = tuple(sorted(knobs.items()))
@@ -44,7 +23,9 @@ def _both(knobs, with_state, segment_ids):
       arrays, memory = op_cases.inputs(dtype=dtype)
       state = op_cases.state(arrays, dict(knobs)["chunk_size"]) if with_state else None
       results.append(
-        jax.device_get(_value_and_grads(arrays, memory, state, segment_ids, implementation, knobs))
+        jax.device_get(
+          op_cases.value_and_grads(arrays, memory, state, segment_ids, implementation, knobs)
+        )
       )
   return results
 
@@ -79,7 +60,7 @@ def test_one_document_from_a_fresh_memory(chunk_size):
 
 def test_the_regimes_of_the_outer_gradient_differ_and_their_forwards_are_bit_equal():
   arrays, memory = op_cases.inputs(dtype=np.float32)
-  run = lambda rho: _value_and_grads(
+  run = lambda rho: op_cases.value_and_grads(
     arrays, memory, None, None, "xla", (("chunk_size", 16), ("outer_gradient", rho))
   )
   (full, full_grads), (half, half_grads), (first, first_grads) = map(run, (1.0, 0.5, 0.0))
@@ -98,15 +79,15 @@ def test_erasing_gates_and_tiny_decays_are_finite_and_equal(implementation):
   gates = np.array(arrays[4])
   gates[:, ::7], gates[:, 3::5] = -np.inf, np.log(1e-6)
   arrays = (*arrays[:4], jnp.asarray(gates), arrays[5])
-  got = _value_and_grads(arrays, memory, None, None, implementation, knobs)
-  want = _value_and_grads(arrays, memory, None, None, "reference", knobs)
+  got = op_cases.value_and_grads(arrays, memory, None, None, implementation, knobs)
+  want = op_cases.value_and_grads(arrays, memory, None, None, "reference", knobs)
   _check(jax.device_get(got), jax.device_get(want))
 
 
 def test_an_empty_memory_with_a_tiny_phi_eps_has_finite_gradients():
   arrays, _ = op_cases.inputs(dtype=np.float32)
   knobs = (("chunk_size", 16), ("phi_eps", 1e-5))
-  result, grads = _value_and_grads(arrays, None, None, None, "xla", knobs)
+  result, grads = op_cases.value_and_grads(arrays, None, None, None, "xla", knobs)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((result, grads)))
 
 

@@ -53,7 +53,9 @@ def param_specs(params: Any, mesh: Any) -> Any:
   )
 
 
-BATCH = P(("data", "fsdp"))
+# Axes that split the rows of a batch, and the heads.
+ROWS, HEADS = ("data", "fsdp"), ("model",)
+BATCH = P(ROWS)
 
 
 def explicit(x: Array) -> NamedSharding | None:

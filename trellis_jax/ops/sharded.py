@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from trellis_jax.ops.chunked import Inputs
 from trellis_jax.ops.state import TrellisState
-
-ROWS, HEADS = ("data", "fsdp"), ("model",)
+from trellis_jax.sharding import HEADS, ROWS, explicit
 
 
 def _auto(mesh) -> dict[str, int]:
@@ -48,15 +47,14 @@ def over_mesh(call, kernel: bool, x: Inputs, memory, state, segment_ids):
 
   kernel: whether the call is one that the compiler cannot partition.
   """
-  sharding = jax.typeof(x.q).sharding
-  mesh = sharding.mesh
-  if not mesh.empty and AxisType.Explicit in mesh.axis_types:
+  sharding = explicit(x.q)
+  if sharding is not None:
     batch, time, heads, width = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
     if time is not None or width is not None:
       raise ValueError(
         f"q is sharded as {sharding.spec}; only B and H of [B, T, H, D] may be sharded"
       )
-    return _map(call, mesh, batch, heads, x, memory, state, segment_ids)
+    return _map(call, sharding.mesh, batch, heads, x, memory, state, segment_ids)
   mesh = jax.sharding.get_abstract_mesh()
   sizes = _auto(mesh)
   if not kernel or not sizes:
