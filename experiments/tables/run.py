@@ -1,0 +1,273 @@
+"""Trains and scores the rows of a table of the paper, one after the other.
+
+    python -m experiments.tables.run table4 --scale=mini --data=FOLDER
+    python -m experiments.tables.run table4 --scale=mini --data=FOLDER \
+      --only=model=trellis,gated_delta_net --only=context=512,8192 --seeds=0,1,2
+
+The table is a file of experiments/configs/paper. A row is trained at its three learning rates with
+the first seed, with further seeds at the rate whose validation loss was least. Then it is read on
+the validation and test splits in windows of the length that it was trained at, whole and by
+position (evals/lengths.py), and adds a line to benchmarks/results/lm/TABLE.jsonl. What has its line
+is not run again unless settings or text change; what was stopped goes on from its checkpoint.
+`--only` splits the rows over machines; the lines of all of them are one file's. `make tables`
+writes the tables. Flags:
+
+    --scale=mini        or small, paper
+    --data=PATH         text, as config.data.path; without, the standard library (small scales), or
+                        what the row names (paper)
+    --seeds=0           separated by commas
+    --only=LABEL=VALUE[,VALUE]
+    --tokens=N          trained on by every row, in place of the scale's; such rows are a table of
+                        their own
+    --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini without
+    --rates=1           the row's own rate alone, in place of 3
+    --results=FOLDER    of the lines;   --workdir=FOLDER  of the runs
+"""
+
+import argparse
+import fcntl
+import gc
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import rich.console
+from flax import nnx
+
+from experiments import checkpoint, data, metrics, provenance, study, train
+from experiments.configs.paper import base
+from experiments.errors import UserError
+from experiments.evals import lengths, runs
+from experiments.metrics import NotFiniteError
+from experiments.tables import lines as lines_lib
+
+FOLDER = pathlib.Path(base.__file__).parent
+RESULTS = provenance.ROOT / "benchmarks" / "results" / "lm"
+NO_TABLE = ("__init__", "base")
+SCORE_TOKENS = {"paper": 0, "small": 0, "mini": 1 << 17}
+_TIME = "time/step_seconds"
+_CODE = ("trellis_jax", "pallas_kernels", "experiments")
+
+
+def get(name: str):
+  """The module of a table; UserError for an unknown name lists the folder."""
+  names = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NO_TABLE)
+  if name not in names:
+    raise UserError(f"table {name!r} is unknown; accepted are {', '.join(names)}")
+  return importlib.import_module(f"experiments.configs.paper.{name}")
+
+
+def chosen(module, args: argparse.Namespace) -> list[base.Row]:
+  """The rows that a command line asks for, with its text and tokens."""
+  base.check(args.scale)
+  rows = list(module.rows(args.scale))
+  for label, values in args.only.items():
+    if label not in rows[0].labels:
+      raise UserError(f"--only={label}=... is given; the labels are {', '.join(rows[0].labels)}")
+    have = list(dict.fromkeys(str(row.labels[label]) for row in rows))
+    if bad := [v for v in values if v not in have]:
+      raise UserError(f"--only={label}={bad[0]} is given; accepted are {', '.join(have)}")
+  rows = [
+    row
+    for row in rows
+    if all(str(row.labels[label]) in values for label, values in args.only.items())
+  ]
+  for row in rows:
+    cfg = row.config
+    if args.data:
+      cfg.data.path = args.data
+    if args.tokens:
+      cfg.steps = max(1, round(args.tokens / (cfg.batch_size * cfg.seq_len)))
+      cfg.optim.warmup_steps = cfg.steps // 10
+  return rows
+
+
+def settings(cfg) -> dict[str, Any]:
+  """What decides a run's numbers, apart from seed, rate and text, whose digest the line has."""
+  found = study.settings(cfg)
+  for name in ("path", "text_field"):
+    found["data"].pop(name)
+  found["optim"].pop("end_lr_ratio")  # the last rate is the same at all rates
+  return found
+
+
+def pending(rows: list[base.Row], args: argparse.Namespace, lines: list[lines_lib.Line]):
+  """What is still to be run: (row, seed, rate), None for a rate that other runs will tell."""
+  for seed in args.seeds:
+    for row in rows:
+      rates = row.rates if args.rates == 3 else (row.config.optim.peak_lr,)
+      have = lines_lib.select(lines, identity(row, args))
+      done = {(line["seed"], line["peak_lr"]) for line in have}
+      best = lines_lib.best_rate(have, len(rates))
+      swept = best is not None and any(all((s, r) in done for r in rates) for s, _ in done)
+      if not swept and seed != args.seeds[0]:
+        yield row, seed, None
+        continue
+      sweeps = not swept or all((seed, rate) in done for rate in rates)
+      yield from ((row, seed, r) for r in (rates if sweeps else (best,)) if (seed, r) not in done)
+
+
+def identity(row: base.Row, args: argparse.Namespace) -> dict[str, Any]:
+  """What a line must agree on to stand for a row."""
+  cfg = row.config
+  text = data.load_text(cfg.data).test.header  # prepared here when absent
+  return {
+    "labels": row.labels,
+    "scale": args.scale,
+    "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
+    "corpus_digest": text.corpus_digest,
+    "score_tokens": args.score_tokens,
+    "settings": settings(cfg),
+  }
+
+
+def run(name: str, rows: list[base.Row], args: argparse.Namespace, console) -> None:
+  """Runs what is missing; UserError when somebody has asked to stop."""
+  path, busy = args.results / f"{name}.jsonl", []
+  while todo := list(pending(rows, args, lines_lib.read(path, lines_lib.FIELDS))):
+    row, seed, rate = todo[0]
+    words = f"{' '.join(map(str, row.labels.values()))} seed {seed} rate {rate:g}"
+    console.print(f"{words}: {len(todo)} runs to go")
+    begin = time.perf_counter()
+    line = identity(row, args) | _train_and_score(name, row, seed, rate, args)
+    add(path, line)
+    gc.collect()
+    jax.clear_caches()
+    busy.append(time.perf_counter() - begin)
+    left = sum(busy) / len(busy) * (len(todo) - 1)
+    score = line["failure"] or f"test perplexity {line['test']['perplexity']:.3f}"
+    eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}"
+    console.print(f"{words}: {score}, {busy[-1]:.0f} s, eta of all {eta}")
+
+
+def add(path: pathlib.Path, line: lines_lib.Line) -> None:
+  """Adds a line in place of those of other settings; other processes may do so meanwhile."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  where = {k: line[k] for k in ("labels", "scale", "tokens", "corpus_digest")}
+  same = {k: line[k] for k in ("settings", "score_tokens")}
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    kept = [
+      old
+      for old in lines_lib.read(path, lines_lib.FIELDS)
+      if not where.items() <= old.items() or same.items() <= old.items()
+    ]
+    provenance.write(path, "".join(json.dumps(x) + "\n" for x in [*kept, line]))
+  finally:
+    os.close(folder)
+
+
+def _train_and_score(
+  name: str, row: base.Row, seed: int, rate: float, args: argparse.Namespace
+) -> dict[str, Any]:
+  """What a line says besides its identity."""
+  cfg = row.config.copy_and_resolve_references()
+  cfg.seed, cfg.optim.peak_lr = seed, rate
+  cfg.optim.end_lr_ratio = row.config.optim.end_lr_ratio * row.config.optim.peak_lr / rate
+  cfg.log.tensorboard = False
+  key = hashlib.sha256(json.dumps(identity(row, args), sort_keys=True).encode()).hexdigest()[:8]
+  words = re.sub(r"[^\w.]+", "-", "-".join(map(str, row.labels.values())))
+  folder = args.workdir / name / f"{args.scale}-{words}-seed{seed}-rate{rate:g}-{key}"
+  cfg.workdir = str(folder)
+  origin = {"revision": provenance.revision(*_CODE), "machine": provenance.machine()}
+  failure = ""
+  try:
+    train.run(train.prepare(cfg))
+  except NotFiniteError as e:
+    failure = str(e).split(" and training has stopped")[0]
+  if not failure and checkpoint.latest_step(folder) != cfg.steps:
+    raise UserError("stopped; the same command goes on from there")
+  job = train.prepare(cfg)
+  timed = [r[_TIME] for r in metrics.read(folder / metrics.JSONL) if _TIME in r]
+  return {
+    "seed": seed,
+    "peak_lr": rate,
+    "failure": failure,
+    **{s: None if failure else score(cfg, s, args.score_tokens) for s in ("validation", "test")},
+    "steps": cfg.steps,
+    "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(job.lm, nnx.Param))),
+    "state_floats": job.lm.state_size(),
+    "flops": 3 * cfg.steps * cfg.batch_size * job.lm.flops(cfg.seq_len),
+    # By the median, so that a pause of the machine does not count.
+    "seconds": round(cfg.steps * statistics.median(timed), 1) if timed else None,
+    "corpus": pathlib.Path(job.dataset.test.header.corpus).name,
+    "tokenizer": job.dataset.test.header.tokenizer,
+    "command": _command(name, row, seed, args),
+    **origin,
+  }
+
+
+def score(cfg, split: str, score_tokens: int) -> dict[str, Any]:
+  """The numbers of a trained run on a split, see evals/lengths.py."""
+  job, params = runs.open_run(cfg)
+  text = lengths.open_text(job, "", split)
+  cell = {"length": cfg.seq_len, "packing": cfg.data.packing, "max_tokens": score_tokens}
+  with jax.set_mesh(job.mesh):
+    rows_tokens = cfg.batch_size * cfg.seq_len
+    return lengths.evaluate_length(job, params, text, cell, rows_tokens, lambda x, _: x)
+
+
+def _command(name: str, row: base.Row, seed: int, args: argparse.Namespace) -> str:
+  """The command of one row, of the text its name whatever its folder."""
+  flags = [f"--scale={args.scale}", *(f"--only={k}={v}" for k, v in row.labels.items())]
+  flags += [f"--seeds={seed}"]
+  if args.data:
+    flags.append(f"--data={pathlib.Path(args.data).name}")
+  if args.tokens:
+    flags.append(f"--tokens={args.tokens}")
+  if args.score_tokens != SCORE_TOKENS[args.scale]:
+    flags.append(f"--score_tokens={args.score_tokens}")
+  return shlex.join(["python", "-m", "experiments.tables.run", name, *flags])
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  """The flags of a command line; UserError for a mistake in them."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  numbers = lambda text: [int(n) for n in text.split(",")]
+  parser.add_argument("table", help="a file of experiments/configs/paper")
+  parser.add_argument("--scale", default="mini", help=", ".join(base.SCALES))
+  parser.add_argument("--data", default="", help="path of a text")
+  parser.add_argument("--seeds", type=numbers, default=[0])
+  parser.add_argument("--only", action="append", default=[], help="LABEL=VALUE[,VALUE]")
+  parser.add_argument("--tokens", type=int, default=0, help="trained on by every row")
+  parser.add_argument("--score_tokens", type=int, help="read of each split; 0 is all")
+  parser.add_argument("--rates", type=int, choices=(1, 3), default=3, help="tried of every row")
+  parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the lines")
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tables"))
+  args = parser.parse_args(argv[1:])
+  base.check(args.scale)
+  if bad := [x for x in args.only if "=" not in x]:
+    raise UserError(f"--only={bad[0]} is given; accepted is LABEL=VALUE")
+  pairs = (x.split("=", 1) for x in args.only)
+  args.only = {label: values.split(",") for label, values in pairs}
+  if args.score_tokens is None:
+    args.score_tokens = SCORE_TOKENS[args.scale]
+  return args
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line `argv`; 2 for a mistake in what was asked, one sentence on stderr."""
+  console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  try:
+    args = _parse(argv)
+    run(args.table, chosen(get(args.table), args), args, console)
+  except (ValueError, FileNotFoundError) as e:
+    print("error:", " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

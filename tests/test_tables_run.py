@@ -1,0 +1,130 @@
+"""The runner of the tables' rows: what is run, what is not run again, what a line says."""
+
+import argparse
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs.paper import base
+from experiments.tables import lines as lines_lib
+from experiments.tables import run
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def line(seed, rate, loss, **more):
+  scores = {"nats": loss * 10, "tokens": 10, "perplexity": loss}
+  found = dict.fromkeys(lines_lib.FIELDS, "")
+  return found | {"seed": seed, "peak_lr": rate, "validation": scores, "test": scores} | more
+
+
+class Rows:
+  """Two rows of tiny models."""
+
+  @staticmethod
+  def rows(scale):
+    for model in ("trellis", "linear_attention"):
+      row = base.row(dict(model=model, context=32), "mini", model, 32)
+      cfg = row.config
+      cfg.batch_size, cfg.steps, cfg.optim.warmup_steps = 1, 2, 1
+      cfg.data.tokenizer = "byte"
+      cfg.model.update(width=16, mlp_width=16, num_layers=1, num_heads=1)
+      cfg.model.trellis.update(num_slots=4, chunk_size=4)
+      cfg.log.every, cfg.eval.every, cfg.eval.batches = 1, 2, 1
+      yield row
+
+
+@pytest.fixture
+def text(tmp_path):
+  rng = np.random.default_rng(0)
+  for split in ("train", "val", "test"):
+    (tmp_path / "text" / split).mkdir(parents=True)
+    words = " ".join(rng.choice(["tree", "größe", "a"], 60))
+    (tmp_path / "text" / split / "one.txt").write_text(words, encoding="utf-8")
+  return tmp_path / "text"
+
+
+def command(text, *more):
+  home = text.parent
+  return ["run", "rows", f"--data={text}", f"--results={home}", f"--workdir={home}/runs", *more]
+
+
+def test_rows_run_once_and_a_line_says_where_its_numbers_are_from(
+  text, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setattr(run, "get", lambda name: Rows)
+  monkeypatch.chdir(tmp_path)  # where the tokens are kept
+  argv = command(text, "--only=model=trellis", "--rates=1")
+  assert run.main(argv) == 0
+  lines = lines_lib.read(tmp_path / "rows.jsonl", lines_lib.FIELDS)
+  assert [x["seed"] for x in lines] == [0]
+  one = lines[0]
+  assert one["labels"] == {"model": "trellis", "context": 32} and one["tokens"] == 64
+  assert one["test"]["tokens"] == sum(p["tokens"] for p in one["test"]["by_position"]) > 100
+  assert one["test"]["bits_per_byte"] > 1 and one["parameters"] > 1000 and one["flops"] > 0
+  assert one["command"] == (
+    "python -m experiments.tables.run rows --scale=mini --only=model=trellis --only=context=32 "
+    "--seeds=0 --data=text"
+  )
+  assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
+  monkeypatch.setattr(run, "_train_and_score", None)  # would fail if anything were run again
+  assert run.main(argv) == 0
+  (text / "test" / "one.txt").write_text("another text " * 20)
+  with pytest.raises(TypeError):  # another text is another row
+    run.main(argv)
+  assert "eta of all 0:00" in capsys.readouterr().out
+
+
+def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path, monkeypatch):
+  args = argparse.Namespace(seeds=[0, 1], rates=3, scale="mini", score_tokens=0)
+  row, _ = Rows.rows("mini")
+  monkeypatch.setattr(run, "identity", lambda row, args: {"labels": row.labels})
+  key = {"labels": row.labels}
+  jobs = lambda lines: [(s, r) for _, s, r in run.pending([row], args, lines)]
+  slow, middle, fast = row.rates
+  assert jobs([]) == [(0, slow), (0, middle), (0, fast), (1, None)]
+  swept = [line(0, slow, 3.0, **key), line(0, middle, 2.0, **key)]
+  assert jobs(swept) == [(0, fast), (1, None)]
+  swept.append(line(0, fast, 0, **key, failure="loss is nan"))
+  assert jobs(swept) == [(1, middle)]
+  assert jobs([*swept, line(1, middle, 2.5, **key)]) == []
+  assert [x["seed"] for x in lines_lib.best([*swept, line(1, middle, 9.0, **key)])] == [0, 1]
+  old = line(0, slow, 3.0, **key, settings=1, score_tokens=0)
+  for new in (old, old | {"seed": 1}, old | {"settings": 2}):
+    run.add(tmp_path / "x.jsonl", new)
+  assert [x["settings"] for x in lines_lib.read(tmp_path / "x.jsonl")] == [2]
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ('{"labels": {}}\n{"labe', r"x.jsonl:1 has no field 'scale'; a line has labels, scale"),
+    ('{"labe', "x.jsonl:1 is cut off or no JSON"),
+    ("[1]\n", "x.jsonl:1 is list, but a line must be an object"),
+  ],
+)
+def test_a_bad_file_is_one_sentence(text, words, tmp_path):
+  (tmp_path / "x.jsonl").write_text(text)
+  with pytest.raises(ValueError, match=re.escape(words)) as e:
+    lines_lib.read(tmp_path / "x.jsonl", lines_lib.FIELDS)
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  "argv, words",
+  [
+    (["table9"], "table 'table9' is unknown; accepted are .*table4"),
+    (["table4", "--scale=tiny"], "scale 'tiny' is unknown; accepted are paper, small, mini"),
+    (["table4", "--only=model"], "--only=model is given; accepted is LABEL=VALUE"),
+    (["table4", "--only=size=1"], "--only=size=... is given; the labels are model, context"),
+    (["table4", "--only=context=7"], "--only=context=7 is given; accepted are 512, 1024"),
+    (["table4", "--data=none"], "'none' does not exist"),
+  ],
+)
+def test_the_command_refuses_in_one_sentence(argv, words, tmp_path, capsys):
+  assert run.main(["run", *argv, f"--results={tmp_path}"]) == 2
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1 and re.search(words, err)
+  assert not list(tmp_path.iterdir())
