@@ -1,4 +1,7 @@
-r"""`affine` in chunks of L tokens: a scan carries S from chunk to chunk, all else is batched.
+r"""`affine` as a `jax.lax.scan` over blocks of a few chunks of L tokens.
+
+In a block a scan carries S from chunk to chunk and all else is batched. The backward stores S at
+the block starts and recomputes the rest block by block, in a core's cache.
 
 With G_t the decay from the chunk's start through t, E_s from after s to its end, D_ts between them
 (all by `halving`), and S the state at the chunk's start:
@@ -15,11 +18,14 @@ so that the scan's step is S' = (G_L - (E K)^T Y) S + (E K)^T U_0.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from trellis_jax.ops import halving, triangular
+
+BLOCK = 128  # tokens in a block, or one chunk if that is longer
 
 
 def power_of_two(n: int) -> int:
@@ -30,25 +36,35 @@ def power_of_two(n: int) -> int:
 def forward(q, k, w, log_decay, beta, start, *, axis, length, precision):
   """Returns (o [B T H V], S [B H K V]); all arrays in one dtype, `length` a power of two."""
   tokens = q.shape[1]
-  cut = functools.partial(_cut, length=length)
-  q, k, w, log_decay, beta = (None if x is None else cut(x) for x in (q, k, w, log_decay, beta))
+  chunks = math.ceil(tokens / length)
+  blocks = math.ceil(chunks * length / max(length, BLOCK))
+  per_block = math.ceil(chunks / blocks) * length
+  local = functools.partial(_block, axis=axis, length=length, precision=precision)
+  xs = [None if x is None else _cut(x, per_block) for x in (q, k, w, log_decay, beta)]
+  end, o = jax.lax.scan(jax.checkpoint(local, prevent_cse=False), start, xs)
+  return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :tokens], end
+
+
+def _block(start, xs, *, axis, length, precision):
+  """Returns (S after a block, o [B T H V]); xs are its (q, k, w, log_decay, beta) [B T H ...]."""
+  heads_first = lambda x: jnp.swapaxes(_cut(x, length), 2, 3)
+  q, k, w, log_decay, beta = (None if x is None else heads_first(x) for x in xs)
   if log_decay is not None and log_decay.ndim == w.ndim:
-    local = functools.partial(_vector, axis=axis, precision=precision)
-    o, s = local(q, k, w, log_decay, start)
+    o, s = _vector(q, k, w, log_decay, start, axis, precision)
   elif beta is not None:
     o, s = _delta(q, k, w, log_decay, beta, start, precision)
   else:
     o, s = _scalar(q, k, w, log_decay, start, precision)
   n, b, h, _, width = o.shape
-  return o.transpose(1, 0, 3, 2, 4).reshape(b, n * length, h, width)[:, :tokens], s
+  return s, o.transpose(1, 0, 3, 2, 4).reshape(b, n * length, h, width)
 
 
-def _cut(x, length):
-  """[B T H ...] -> [n B H L ...], zeros after the tokens: they neither write nor decay."""
+def _cut(x, size):
+  """[B T ...] -> [n B size ...], zeros after the tokens: they neither write nor decay."""
   b, t, *rest = x.shape
-  n = -(-t // length)
-  x = jnp.pad(x, [(0, 0), (0, n * length - t)] + [(0, 0)] * len(rest))
-  return jnp.moveaxis(x.reshape(b, n, length, *rest), (1, 3), (0, 2))
+  n = math.ceil(t / size)
+  x = jnp.pad(x, [(0, 0), (0, n * size - t)] + [(0, 0)] * len(rest))
+  return jnp.moveaxis(x.reshape(b, n, size, *rest), 1, 0)
 
 
 def _scan(start, decay, write, transition=None, precision=None):
