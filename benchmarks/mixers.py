@@ -4,8 +4,9 @@
 
 The mixers of the folder as their defaults have them, in fp32, one layer each. Times are medians of
 interleaved rounds. The token loop is the mixer's own decoding, one token a step under one scan, and
-what JAX makes of its gradient. Temporary memory is what the compiler plans. Writes
-results/mixers.md and mixers.jsonl.
+what JAX makes of its gradient; beside it stands how much faster than the loop a forward would be
+that did all its FLOPs at this machine's rate for a large matrix product. Temporary memory is what
+the compiler plans. Writes results/mixers.md and mixers.jsonl.
 """
 
 import argparse
@@ -29,12 +30,14 @@ WIDTH, HEADS, BATCH, T = 256, 4, 2, 2048
 LOOP = 256  # tokens of a token loop
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 SLOW = 8.0  # seconds from which on a call is timed once
+SQUARE = 2048  # rows and columns of the matrix product
 COLUMNS = (
   "mixer",
   "forward tok/s",
   "forward + backward tok/s",
   "x loop, forward",
   "x loop, both",
+  "x loop, at matmul rate",
   "temp MB",
   "state bytes",
   "FLOPs a token",
@@ -99,7 +102,13 @@ def costs(layers: dict[str, Layer], length: int, loop: int, rounds: int) -> dict
       "state_bytes": sum(x.size * x.dtype.itemsize for x in state),
       "flops_per_token": layer.mixer.flops(length) / length,
     }
-  for (name, side), seconds in timing.turns(sides, rounds, SLOW).items():
+  square = jax.random.normal(jax.random.key(0), (SQUARE, SQUARE))
+  product = jax.jit(jnp.dot).lower(square, square).compile()
+  sides["", "product"] = lambda: product(square, square)
+  times = timing.turns(sides, rounds, SLOW)
+  rate = 2 * SQUARE**3 / times.pop(("", "product"))
+  for (name, side), seconds in times.items():
+    lines[name]["matmul_flops_per_second"] = rate
     tokens = BATCH * (loop if side.startswith("loop") else length)
     lines[name][f"{side}_tokens_per_second"] = tokens / seconds
   return lines
@@ -139,13 +148,16 @@ def report(lines: list[dict[str, Any]], command: str) -> str:
     rows, columns, "github", disable_numparse=True, colalign=("left", *["right"] * len(columns[1:]))
   )
   first = lines[0]
+  rate = f"{first['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
   return f"""    {command}
 
 {first["machine"]}; revision {first["revision"]}.
 One layer of each mixer with its defaults, fp32, width {WIDTH}, {HEADS} heads. Batch {BATCH},
 T = {first["T"]:,}: tokens per second, the compiler's temporary memory of forward and backward, a
-forward's FLOPs. "x loop": tokens per second over those of the same mixer run token by token, as it
-decodes, forward, and forward and backward. State: what a row carries from token to token.
+forward's FLOPs. State: what a row carries from token to token.
+"x loop": tokens per second over those of the same mixer run token by token, as it decodes, forward,
+and forward and backward. "At matmul rate": what "x loop, forward" would be if all its FLOPs ran at
+the {rate} of a {SQUARE:,} x {SQUARE:,} product.
 
 {numbers(rows, COLUMNS)}
 
@@ -165,11 +177,17 @@ def _row(line: dict[str, Any]) -> list[str]:
     f"{line['both_tokens_per_second']:,.0f}",
     f"{line['forward_tokens_per_second'] / line['loop_tokens_per_second']:.1f}",
     f"{line['both_tokens_per_second'] / line['loop_both_tokens_per_second']:.1f}",
+    f"{_bound(line):.1f}",
     f"{line['temp_bytes'] / 1e6:,.0f}",
     f"{line['state_bytes']:,}",
     f"{line['flops_per_token']:,.0f}",
     "-" if line["mixer"] == "attention" else faster,
   ]
+
+
+def _bound(line: dict[str, Any]) -> float:
+  fastest = line["matmul_flops_per_second"] / line["flops_per_token"]
+  return fastest / line["loop_tokens_per_second"]
 
 
 def main(argv: list[str]) -> None:
