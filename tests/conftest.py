@@ -1,6 +1,7 @@
 """Set-up of all tests: CPU, quick compiles, compiled programs kept between runs."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 
@@ -8,7 +9,11 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests run many small programs once: compiling them takes far longer than running them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+_quick = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  # The emitter that compiles in two thirds of the time; later ones do not know the flag, and stop.
+  _quick += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _quick)
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 )
