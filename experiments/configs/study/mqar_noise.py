@@ -1,0 +1,39 @@
+"""Recall after noise at equal states: Trellis, stale and exact, beside Gated DeltaNet.
+
+    python -m experiments.study mqar_noise
+
+MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
+of width 64, one head, 1,500 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
+Trellis n slots of keys and values n wide, for Gated DeltaNet keys n and values 2 n wide. All have
+short convolutions of 4 taps. What C > 1 keeps beside the memories, those at the start of the chunk,
+is not counted.
+"""
+
+from experiments.configs import mqar
+
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+COLUMNS = ("pairs", "n")
+PAIRS, SIZES = (4, 8, 12), (8, 16, 32)
+
+
+def models(n: int):
+  """Yields (name, mixer, knobs) of memories of 2 n^2 floats."""
+  slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
+  yield "trellis C=16", "trellis", dict(slots, chunk_size=16)
+  yield "trellis C=1", "trellis", dict(slots, chunk_size=1)
+  yield "gated_delta_net", "gated_delta_net", dict(head_dim=n, value_dim=2 * n, conv_taps=4)
+
+
+def cells():
+  """Yields (labels, config) of every setting."""
+  for pairs in PAIRS:
+    for n in SIZES:
+      for name, mixer, knobs in models(n):
+        cfg = mqar.get_config()
+        cfg.steps, cfg.optim.warmup_steps = 1500, 150
+        cfg.data.mqar.update(pairs=pairs, blanks=16, noise=True)
+        cfg.model.mixer = mixer
+        cfg.model[mixer].update(knobs)
+        cfg.log.every, cfg.eval.every, cfg.eval.batches = 10, 250, 16
+        yield dict(model=name, pairs=pairs, n=n), cfg
