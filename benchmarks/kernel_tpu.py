@@ -35,15 +35,24 @@ SHAPES = (
   Case("v5p", B=2),
   Case("v5p", C=16, H=64, B=2, T=512),
   Case("v6e"),
+  Case(C=16, H=12, T=512),
+  Case("v5p", H=12, B=2),
+  Case("v5p", C=16, H=12, B=2, T=512),
 )
 # Shapes whose XLA scan is estimated, too.
 SCANNED = (Case(), Case(C=16, T=512))
+# A single token, which is fp32 and the same for every C.
+STEPS = tuple(
+  Case(chip, "step", D=d, V=d, H=h, B=32, T=1, dtype="float32")
+  for chip, d, h in (("v5e", 64, 32), ("v5e", 64, 12), ("v5e", 128, 16), ("v5p", 64, 32))
+)
 
 
 def cases() -> list[Case]:
   """Every program of the table."""
   kernels = [s._replace(what=w) for s in SHAPES for w in ("forward", "saving", "backward")]
-  return kernels + [s._replace(what=w) for s in SCANNED for w in ("xla_forward", "xla_both")]
+  kernels += [s._replace(what=w) for s in SCANNED for w in ("xla_forward", "xla_both")]
+  return kernels + list(STEPS)
 
 
 def committed() -> dict[Case, dict]:
@@ -98,6 +107,19 @@ def table(rows: dict[Case, dict]) -> str:
   return tabulate.tabulate(body, columns, tablefmt="github", floatfmt=".2f", missingval="")
 
 
+def step_table(rows: dict[Case, dict]) -> str:
+  """The table of single tokens."""
+  body = []
+  for case in STEPS:
+    ghz, bandwidth = CHIPS[case.chip]
+    # The memory and the chunk's start, of keys and of values, each read and written in fp32.
+    moved = 4 * 2 * 2 * case.M * (case.D + case.V)
+    name = f"{case.chip} D {case.D}, V {case.V}, M {case.M}, H {case.H}, B {case.B}"
+    body.append([name, rows[case]["cycles"] / ghz / case.head_tokens, moved / bandwidth])
+  columns = ["chip and shape", "ns / head and token", "floor"]
+  return tabulate.tabulate(body, columns, tablefmt="github", floatfmt=".0f")
+
+
 def write_results(rows: dict[Case, dict]) -> None:
   """Prints the table and writes both files."""
   versions = f"libtpu {libtpu.version()}, jax {jax.__version__}"
@@ -113,6 +135,11 @@ rows instead, which the estimator cannot see. Operations of the scan that have n
 as nothing. v6e: cycles alone, its clock is not published.
 
 {table(rows)}
+
+A single token, in fp32. The floor is the bytes of the memories read and written once; at D = V = 64
+half of every tile that holds them in HBM is empty, which doubles what is moved.
+
+{step_table(rows)}
 """
   provenance.write(RESULTS, "".join(json.dumps(row) + "\n" for row in rows.values()))
   provenance.write(RESULTS.with_suffix(".md"), text)

@@ -9,6 +9,7 @@ Prints {"cycles": ..., "operations": ..., "estimated": ...} for one `Case`; the 
 operations of the program's loops and those of them that have an estimate.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -27,8 +28,8 @@ FLAGS = ("--xla_tpu_check_llo_types=false",)
 
 
 class Case(NamedTuple):
-  """One program: `what` is "forward", "saving" (what a backward needs, too), "backward", or these
-  of the scan over chunks: "xla_forward", "xla_both"."""
+  """One program: `what` is "forward", "saving" (what a backward needs, too), "backward", "step" (a
+  single token, T 1), or these of the scan over chunks: "xla_forward", "xla_both"."""
 
   chip: str = "v5e"
   what: str = "forward"
@@ -66,7 +67,7 @@ def _program(case: Case, place):
   import jax
   import jax.numpy as jnp
 
-  from pallas_kernels import _tpu_backward, _tpu_forward, _tpu_plan, mosaic_tpu
+  from pallas_kernels import _tpu_backward, _tpu_forward, _tpu_plan, _tpu_step, mosaic_tpu
   from trellis_jax.ops import chunked
   from trellis_jax.ops.spec import Spec
 
@@ -78,6 +79,12 @@ def _program(case: Case, place):
   start = tuple(place((b, h, m, w), "float32") for w in widths)
   init = tuple(place((h, m, w), "float32") for w in widths)
   last = place((b,), "int32")
+  if case.what == "step":
+    row = lambda *size: place((b, h, *size), "float32")
+    # Flags and gates as the kernel takes them: the estimator knows no transfers of what XLA made.
+    args = place((4 * b,), "int32"), place((2 * b * h,), "float32")
+    args += tuple(map(row, (case.D, case.D, case.V, m))) + (start, start, init)
+    return functools.partial(_tpu_step.call, spec), args
   if case.what.startswith("xla"):
 
     def run(x, start, init, last, cts):

@@ -13,10 +13,8 @@ its time is made of.
 import jax.numpy as jnp
 
 from pallas_kernels import _triton_activations as activations
+from pallas_kernels._support import CLOSES, LIVE, OPENS, RESTARTS
 from pallas_kernels._triton_call import call, tile
-
-# Rows of the flags [B] of a token; see `step`.
-LIVE, RESTARTS, OPENS, CLOSES = range(4)
 
 
 def _write(plan, flags, decay, rate, a, w, refs):
@@ -45,11 +43,7 @@ def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
 
   Args:
     plan: the static choices.
-    flags: int32 [B 4]: whether the token exists, restarts its row, opens a chunk, closes one.
-    gates: fp32 [B H 2], exp(log_beta) and gamma.
-    q, k, v, alpha: fp32 [B H D | V | M].
-    memories, anchors: (S_k, S_v) and those at the chunk's start, fp32 [B H M D | V].
-    init: (S_k, S_v) [H M D | V] fp32.
+    flags, gates, q, k, v, alpha, memories, anchors, init: as `_support.one_token` has them.
   """
   b, h, d = q.shape
   width, m = v.shape[-1], alpha.shape[-1]

@@ -4,13 +4,15 @@ The forward goes through a row's chunks with both memories in VMEM; the backward
 in reverse, from the chunk starts that the forward saved, and computes the rest again. Products take
 bfloat16 operands where q, k, v and alpha all are bfloat16 (or the call's precision is DEFAULT) and
 are of full fp32 precision otherwise; sums, memories, gates and activations are fp32 always. The
-saved starts are kept as the products take them.
+saved starts are kept as the products take them. A single token is a kernel of its own, in fp32.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _support, _tpu_backward, _tpu_forward, _tpu_layout
+from pallas_kernels import _support, _tpu_backward, _tpu_forward, _tpu_layout, _tpu_step
 from pallas_kernels import _tpu_plan as plans
 
 
@@ -95,3 +97,8 @@ def backward(spec, inputs, start, init, rows, saved, cts):
     init_bar = tuple(s + jnp.sum(back(x, s), axis=0) for s, x in zip(init_bar, more))
   tokens = (_tpu_layout.from_tokens(plan, x, slots) for x in tokens)
   return type(inputs)(*tokens, log_beta_bar, gamma_bar), start_bar, init_bar
+
+
+def step(spec, memory, state, token):
+  """Returns (state after one token, o [B H V] in fp32), as `trellis_jax/ops/reference.py` says."""
+  return _support.one_token(functools.partial(_tpu_step.call, spec), spec, memory, state, token)

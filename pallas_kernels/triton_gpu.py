@@ -11,7 +11,7 @@ and sums are fp32. With fp32 operands the products are TF32 by default, as JAX's
 GPUs, and three TF32 products with precision "high" or "highest".
 """
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -147,24 +147,8 @@ def backward(spec, inputs, start, init, rows, saved, cts):
 
 def step(spec, memory, state, token):
   """Returns (state after one token, o [B H V] in fp32), as `trellis_jax/ops/reference.py` says."""
-  *tokens, log_beta, gamma, segment = token
-  live = segment != 0
-  restarts = live & (state.segment != 0) & (segment != state.segment)
-  offset = jnp.where(live, (state.offset + 1) % spec.chunk_size, state.offset)
-  flags = jnp.stack([live, restarts, state.offset == 0, offset == 0], axis=1).astype(jnp.int32)
-  o, memories, anchors = one_token.step(
-    Plan.of(spec, jnp.float32, runs=False),
-    flags,
-    jnp.stack([jnp.exp(log_beta), gamma], axis=-1),
-    *tokens,
-    (state.memory_k, state.memory_v),
-    (state.anchor_k, state.anchor_v),
-    memory,
-  )
-  names = ("memory_k", "memory_v", "anchor_k", "anchor_v")
-  new = dict(zip(names, (*memories, *anchors)), offset=offset)
-  segment = jnp.where(live, segment, state.segment)
-  return dataclasses.replace(state, **new, segment=segment), o
+  launch = functools.partial(one_token.step, Plan.of(spec, jnp.float32, runs=False))
+  return _support.one_token(launch, spec, memory, state, token)
 
 
 def _gates_bar(plan, log_beta, run, parts, before):

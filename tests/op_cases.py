@@ -48,6 +48,26 @@ def packed(t=37):
   return jnp.asarray([r + [0] * (t - len(r)) for r in rows], jnp.int32)
 
 
+def single_tokens(implementation, arrays, memory, segment_ids, **knobs):
+  """Returns ((o, final state), gradients by inputs and state) of one call a token, C = 16."""
+
+  def token(state, xs):
+    *x, ids = (x[:, None] for x in xs)
+    options = dict(initial_memory=memory, initial_state=state, segment_ids=ids, chunk_size=16)
+    o, state = trellis(*x, **options, implementation=implementation, **knobs)
+    return state, o[:, 0]
+
+  def loss(arrays, state):
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*arrays, segment_ids))
+    state, o = jax.lax.scan(token, state, time_major)
+    return scalar(o, state), (o, state)
+
+  state = TrellisState.fresh(memory, segment_ids.shape[0], 16)
+  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+  (_, out), grads = run(arrays, state)
+  return out, [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+
+
 def scalar(*outputs):
   """Returns a smooth number that depends on every float of the outputs, such as (o, final state).
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from benchmarks import kernel_gpu
 from pallas_kernels import _triton_activations, _triton_decays, triton_gpu
 from pallas_kernels._triton_call import Plan
-from trellis_jax import TrellisState, trellis
+from trellis_jax import trellis
 from trellis_jax.ops import activations, backends, decay
 from trellis_jax.ops.spec import Spec
 
@@ -116,26 +116,12 @@ def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
 def test_single_tokens_go_through_chunks_padding_and_restarts():
   arrays, memory = op_cases.inputs(t=40, dtype=np.float32, **SMALL)
   ids = jnp.asarray([[1] * 9 + [0] * 2 + [2] * 29, [3] * 35 + [4] * 5], jnp.int32)
-
-  def run(implementation):
-    knobs = dict(chunk_size=16, phi="l2_silu", phi_out="silu", implementation=implementation)
-
-    def token(state, xs):
-      *x, ids = (x[:, None] for x in xs)
-      o, state = trellis(*x, initial_memory=memory, initial_state=state, segment_ids=ids, **knobs)
-      return state, o[:, 0]
-
-    def loss(arrays, state):
-      time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*arrays, ids))
-      state, o = jax.lax.scan(token, state, time_major)
-      return op_cases.scalar(o, state), (o, state)
-
-    state = TrellisState.fresh(memory, 2, 16)
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, state)
-
+  run = lambda name: op_cases.single_tokens(
+    name, arrays, memory, ids, phi="l2_silu", phi_out="silu"
+  )
   with triton_gpu.interpreted():
-    (_, got), grads = run("triton_gpu")
-  (_, want), want_grads = run("reference")
+    got, grads = run("triton_gpu")
+  want, want_grads = run("reference")
   assert op_cases.distance(got, want) <= FORWARD
   assert op_cases.distance(grads, want_grads) <= GRADIENT
 

@@ -95,6 +95,30 @@ def test_any_split_is_exact(split):
   assert op_cases.distance(got, want) <= 1e-6
 
 
+@pytest.mark.parametrize("h", [3, pytest.param(16, marks=pytest.mark.slow)])
+def test_single_tokens_go_through_chunks_padding_and_restarts(h):
+  arrays, memory = tpu_kernels.case(t=40, h=h, d=64, v=128, m=32)
+  ids = jnp.asarray([[1] * 9 + [0] * 2 + [2] * 29, [3] * 35 + [4] * 5], jnp.int32)
+  run = lambda name: op_cases.single_tokens(
+    name, arrays, memory, ids, phi="l2_silu", phi_out="silu"
+  )
+  with tpu_kernels.interpreted():
+    got, grads = run("mosaic_tpu")
+  want, want_grads = run("reference")
+  assert op_cases.distance(got, want) <= tpu_kernels.FORWARD
+  assert op_cases.distance(grads, want_grads) <= tpu_kernels.GRADIENT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phi", ACTIVATIONS)
+def test_a_single_token_in_memory_that_starts_as_nan(phi):
+  f, phi_out = (ACTIVATIONS[(ACTIVATIONS.index(phi) + i) % 4] for i in (1, 2))
+  arrays, memory = tpu_kernels.case(t=1, h=2, m=128)
+  knobs = dict(phi=phi, f=f, phi_out=phi_out, chunk_size=64)
+  state = op_cases.state(arrays, 64)
+  _check(tpu_kernels.STRICT, arrays, memory, state, jnp.asarray([[1], [8]], jnp.int32), knobs)
+
+
 @pytest.mark.slow
 def test_erasing_gates_and_tiny_decays():
   arrays, memory = tpu_kernels.case(t=64)

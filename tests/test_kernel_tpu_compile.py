@@ -16,11 +16,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from trellis_jax import trellis
 
-topology, chunk_size = sys.argv[1], int(sys.argv[2])
+topology, chunk_size, T = sys.argv[1], *map(int, sys.argv[2:])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 axes = dict(axis_names=("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 mesh = Mesh(np.array(devices[:4]).reshape(2, 2), **axes)
-B, T, H, D, M, F = 8, 200, 8, 64, 64, 256
+B, H, D, M, F = 8, 8, 64, 64, 256
 
 def loss(weights, x, ids):
   into = lambda w: jnp.einsum("btf,fhd->bthd", x, w, out_sharding=P("data", None, "model", None))
@@ -43,26 +43,27 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
   compiled = jax.jit(step).lower(weights, x, ids).compile()
 text = compiled.as_text()
 count = lambda name: sum(name in line and "custom-call(" in line for line in text.splitlines())
-print(json.dumps({name: count(name) for name in ("trellis_forward", "trellis_backward")}))
+print(json.dumps([count("trellis_" + name) for name in ("forward", "backward", "step")]))
 """
 
 
 @pytest.mark.skipif(not libtpu.library(), reason="libtpu is not installed")
 @pytest.mark.parametrize(
-  "topology,chunk_size",
+  "topology,chunk_size,tokens,launches",
   [
-    ("v5e:2x2", 64),
-    pytest.param("v5p:2x2x1", 32, marks=pytest.mark.slow),
-    pytest.param("v6e:2x2", 16, marks=pytest.mark.slow),
+    ("v5e:2x2", 64, 200, [1, 1, 0]),
+    pytest.param("v5p:2x2x1", 32, 200, [1, 1, 0], marks=pytest.mark.slow),
+    pytest.param("v6e:2x2", 16, 200, [1, 1, 0], marks=pytest.mark.slow),
+    ("v5e:2x2", 16, 1, [0, 0, 1]),  # a derivative of one token is the definition's
   ],
 )
-def test_a_sharded_training_step_compiles_to_both_kernels(topology, chunk_size):
+def test_a_sharded_training_step_compiles_to_the_kernels(topology, chunk_size, tokens, launches):
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, topology, str(chunk_size)],
+    [sys.executable, "-c", PROGRAM, topology, str(chunk_size), str(tokens)],
     env=dict(libtpu.environment(), PYTHONPATH=str(provenance.ROOT)),
     capture_output=True,
     text=True,
     timeout=600,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert json.loads(done.stdout) == {"trellis_forward": 1, "trellis_backward": 1}
+  assert json.loads(done.stdout) == launches
