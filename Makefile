@@ -8,7 +8,7 @@ FLAGS ?=
 RUN_FLAGS := --config=$(CONFIG) $(if $(STEPS),--config.steps=$(STEPS)) $(FLAGS)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help train report test test-slow lint format bench bench-mixers kernel-report clean
+.PHONY: help train report test test-slow lint format tables bench bench-mixers kernel-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ lint: $(VENV)/.installed  ## what `make test` says of the style
 format: $(VENV)/.installed  ## formats the code
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+tables: $(VENV)/.installed  ## writes docs/results from the lines of finished runs; trains nothing
+	$(PY) -m experiments.tables
 
 bench: $(VENV)/.installed  ## times the op and decoding; writes benchmarks/results
 	$(PY) -m benchmarks.op_cost

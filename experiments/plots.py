@@ -51,7 +51,7 @@ def style() -> Iterator[None]:
 def save(figure: Figure, path: pathlib.Path) -> None:
   """Writes a PNG; a kill in the middle leaves what was there before."""
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  figure.savefig(partial, format="png")
+  figure.savefig(partial, format="png", metadata={"Software": None})  # same pixels, same bytes
   os.replace(partial, path)
 
 

@@ -120,6 +120,7 @@ def test_a_bad_file_is_one_sentence(text, words, tmp_path):
     (["table4", "--only=model"], "--only=model is given; accepted is LABEL=VALUE"),
     (["table4", "--only=size=1"], "--only=size=... is given; the labels are model, context"),
     (["table4", "--only=context=7"], "--only=context=7 is given; accepted are 512, 1024"),
+    (["table3"], "--tasks is not given, but table3 is scored on the files that it names"),
     (["table4", "--data=none"], "'none' does not exist"),
   ],
 )

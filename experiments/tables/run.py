@@ -1,4 +1,4 @@
-"""Trains and scores the rows of a table of the paper, one after the other.
+r"""Trains and scores the rows of a table of the paper, one after the other.
 
     python -m experiments.tables.run table4 --scale=mini --data=FOLDER
     python -m experiments.tables.run table4 --scale=mini --data=FOLDER \
@@ -21,6 +21,7 @@ writes the tables. Flags:
                         their own
     --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini without
     --rates=1           the row's own rate alone, in place of 3
+    --tasks=PATH        of table1: folder of the tasks' files; of table3: the needles' haystack
     --results=FOLDER    of the lines;   --workdir=FOLDER  of the runs
 """
 
@@ -44,9 +45,9 @@ import rich.console
 from flax import nnx
 
 from experiments import checkpoint, data, metrics, provenance, study, train
-from experiments.configs.paper import base
+from experiments.configs.paper import base, table1, table3
 from experiments.errors import UserError
-from experiments.evals import lengths, runs
+from experiments.evals import harness, harness_tasks, lengths, niah, runs
 from experiments.metrics import NotFiniteError
 from experiments.tables import lines as lines_lib
 
@@ -54,6 +55,7 @@ FOLDER = pathlib.Path(base.__file__).parent
 RESULTS = provenance.ROOT / "benchmarks" / "results" / "lm"
 NO_TABLE = ("__init__", "base")
 SCORE_TOKENS = {"paper": 0, "small": 0, "mini": 1 << 17}
+SAMPLES = {"paper": 500, "small": 500, "mini": 50}  # of each needle and length
 _TIME = "time/step_seconds"
 _CODE = ("trellis_jax", "pallas_kernels", "experiments")
 
@@ -133,12 +135,14 @@ def identity(row: base.Row, args: argparse.Namespace) -> dict[str, Any]:
 def run(name: str, rows: list[base.Row], args: argparse.Namespace, console) -> None:
   """Runs what is missing; UserError when somebody has asked to stop."""
   path, busy = args.results / f"{name}.jsonl", []
+  # Now, for what is committed while the rows run is not what runs.
+  origin = {"revision": provenance.revision(*_CODE), "machine": provenance.machine()}
   while todo := list(pending(rows, args, lines_lib.read(path, lines_lib.FIELDS))):
     row, seed, rate = todo[0]
     words = f"{' '.join(map(str, row.labels.values()))} seed {seed} rate {rate:g}"
     console.print(f"{words}: {len(todo)} runs to go")
     begin = time.perf_counter()
-    line = identity(row, args) | _train_and_score(name, row, seed, rate, args)
+    line = identity(row, args) | _train_and_score(name, row, seed, rate, args) | origin
     add(path, line)
     gc.collect()
     jax.clear_caches()
@@ -179,7 +183,6 @@ def _train_and_score(
   words = re.sub(r"[^\w.]+", "-", "-".join(map(str, row.labels.values())))
   folder = args.workdir / name / f"{args.scale}-{words}-seed{seed}-rate{rate:g}-{key}"
   cfg.workdir = str(folder)
-  origin = {"revision": provenance.revision(*_CODE), "machine": provenance.machine()}
   failure = ""
   try:
     train.run(train.prepare(cfg))
@@ -194,6 +197,7 @@ def _train_and_score(
     "peak_lr": rate,
     "failure": failure,
     **{s: None if failure else score(cfg, s, args.score_tokens) for s in ("validation", "test")},
+    "scores": {} if failure or name not in SCORES else SCORES[name](cfg, args),
     "steps": cfg.steps,
     "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(job.lm, nnx.Param))),
     "state_floats": job.lm.state_size(),
@@ -203,7 +207,6 @@ def _train_and_score(
     "corpus": pathlib.Path(job.dataset.test.header.corpus).name,
     "tokenizer": job.dataset.test.header.tokenizer,
     "command": _command(name, row, seed, args),
-    **origin,
   }
 
 
@@ -217,12 +220,38 @@ def score(cfg, split: str, score_tokens: int) -> dict[str, Any]:
     return lengths.evaluate_length(job, params, text, cell, rows_tokens, lambda x, _: x)
 
 
+def _common_sense(cfg, args: argparse.Namespace) -> dict[str, Any]:
+  """Table 1's numbers of a trained run, in its order: LAMBADA's perplexity, percent right."""
+  flags = {"tasks": ",".join(table1.TASKS), "data": args.tasks}
+  harness.evaluate(cfg, argparse.Namespace(**(harness.FLAGS | flags)))
+  report = json.loads((pathlib.Path(cfg.workdir) / harness.FILE).read_text())["tasks"]
+  right = {t: 100 * report[t][harness_tasks.TASKS[t].metric] for t in table1.TASKS}
+  return {"lambada_perplexity": report["lambada_openai"]["perplexity"], **right}
+
+
+def _needles(cfg, args: argparse.Namespace) -> dict[str, Any]:
+  """Table 3's numbers of a trained run, in its order: percent of the needles that are found."""
+  for kind in dict.fromkeys(kind for kind, _ in table3.CELLS):
+    lengths = ",".join(str(n) for k, n in table3.CELLS if k == kind)
+    flags = {"kinds": kind, "lengths": lengths, "haystack": args.tasks}
+    flags["samples"] = str(SAMPLES[args.scale])
+    niah.evaluate(cfg, argparse.Namespace(**(niah.FLAGS | flags)))
+  lines = runs.Lines(pathlib.Path(cfg.workdir) / niah.FILE)
+  score = lambda kind, n: 100 * lines.find({"kind": kind, "length": n})["score"]
+  return {f"{kind} {n}": score(kind, n) for kind, n in table3.CELLS}
+
+
+SCORES = {"table1": _common_sense, "table3": _needles}
+
+
 def _command(name: str, row: base.Row, seed: int, args: argparse.Namespace) -> str:
   """The command of one row, of the text its name whatever its folder."""
   flags = [f"--scale={args.scale}", *(f"--only={k}={v}" for k, v in row.labels.items())]
   flags += [f"--seeds={seed}"]
   if args.data:
     flags.append(f"--data={pathlib.Path(args.data).name}")
+  if args.tasks:
+    flags.append(f"--tasks={pathlib.Path(args.tasks).name}")
   if args.tokens:
     flags.append(f"--tokens={args.tokens}")
   if args.score_tokens != SCORE_TOKENS[args.scale]:
@@ -244,10 +273,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--tokens", type=int, default=0, help="trained on by every row")
   parser.add_argument("--score_tokens", type=int, help="read of each split; 0 is all")
   parser.add_argument("--rates", type=int, choices=(1, 3), default=3, help="tried of every row")
+  parser.add_argument("--tasks", default="", help="path of the tasks' files or the haystack")
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the lines")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tables"))
   args = parser.parse_args(argv[1:])
   base.check(args.scale)
+  if args.table in SCORES and not args.tasks:
+    raise UserError(f"--tasks is not given, but {args.table} is scored on the files that it names")
+  if args.table == "table1":
+    harness.check_installed()
   if bad := [x for x in args.only if "=" not in x]:
     raise UserError(f"--only={bad[0]} is given; accepted is LABEL=VALUE")
   pairs = (x.split("=", 1) for x in args.only)

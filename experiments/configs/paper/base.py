@@ -22,6 +22,7 @@ Rows at the paper's scale read data/NAME, and tokens of data/tokenizer.json.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -90,12 +91,21 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of a table at a scale: what tells it apart, its run, and the paper's number."""
+  """A row of a table at a scale: what tells it apart, its run, and the paper's number.
+
+  At the small scales that is the number of the paper's row that this one stands for.
+  """
 
   labels: dict[str, Any]
-  config: ml_collections.ConfigDict
+  make: Callable[[], ml_collections.ConfigDict]
+  tokens: int  # trained on
   rates: tuple[float, ...]
   published: Any = None
+
+  @functools.cached_property
+  def config(self) -> ml_collections.ConfigDict:
+    """The run, made when it is asked for."""
+    return self.make()
 
 
 def row(
@@ -121,14 +131,20 @@ def row(
     published: the paper's number.
     **knobs: of the mixer, where they are not its defaults.
   """
-  s, cfg = SIZES[size], default.get_config()
-  paper, batch_tokens = s.scale == "paper", BATCH_TOKENS[s.scale]
+  s = SIZES[size]
+  steps = round((tokens or s.tokens) / BATCH_TOKENS[s.scale])
+  make = lambda: _config(labels, s, mixer, context, steps, data, knobs)
+  return Row(labels, make, steps * BATCH_TOKENS[s.scale], s.rates, published)
+
+
+def _config(labels, s: Size, mixer: str, context: int, steps: int, data: str, knobs):
+  cfg = default.get_config()
   cfg.workdir = "/".join(["runs", s.scale, "-".join(map(str, labels.values()))])
-  cfg.seq_len, cfg.batch_size = context, batch_tokens // context
-  cfg.steps = round((tokens or s.tokens) / batch_tokens)
+  cfg.seq_len, cfg.batch_size = context, BATCH_TOKENS[s.scale] // context
+  cfg.steps = steps
   cfg.data.packing = "concat"
   cfg.data.vocab_size = s.vocab_size
-  if paper:
+  if s.scale == "paper":
     cfg.data.path, cfg.data.tokenizer = f"data/{data}", "data/tokenizer.json"
     cfg.model.init_std, cfg.model.remat = 0.02, "full"
   cfg.model.update(width=s.width, num_layers=s.num_layers, num_heads=s.num_heads, mixer=mixer)
@@ -141,7 +157,7 @@ def row(
   cfg.checkpoint.every, cfg.checkpoint.keep = max(1, cfg.steps // 8), 1
   cfg.eval.every = max(1, cfg.steps // 4)
   cfg.log.every = max(1, cfg.steps // 20)
-  return Row(labels, cfg, s.rates, published)
+  return cfg
 
 
 def contexts(scale: str, lengths: Iterable[int]) -> Iterator[int]:

@@ -1,0 +1,132 @@
+"""Figures in the shape of the paper's: a line for a model, a panel for a size."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from experiments import plots
+from experiments.configs.paper import base
+from experiments.tables.language import NAMES, Group
+
+# Okabe and Ito's colours, a marker each; Trellis is the vermillion one throughout.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999933", "#D55E00")
+MARKERS = "osDvP^X*"
+STYLES = dict(zip(base.NAMES, zip(COLOURS, MARKERS)))
+# The mixers that the paper does not compare.
+OTHERS = ("abc", "gla", "hgrn2", "lattice", "retnet", "titans", "ttt_mlp")
+PALE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#882255", "#AA4499", "#DDCC77")
+STYLES |= dict(zip(OTHERS, zip(PALE, "<>pHd+x")))
+STYLES["trellis_m32"] = (plots.VERMILLION, "h")
+STYLES["no_forget"] = (plots.VERMILLION, "1")
+
+
+class Point(NamedTuple):
+  """A point of a line: where, the mean, and the least and most over seeds."""
+
+  x: float
+  mean: float
+  least: float
+  most: float
+
+
+Panel = tuple[str, Mapping[str, Sequence[Point]]]  # title, points by model
+
+
+def lines(
+  panels: Sequence[Panel], title: str, xlabel: str, ylabel: str = "perplexity", ticks: bool = True
+) -> Figure:
+  """A panel beside the other, a line for each model over a logarithmic axis.
+
+  Args:
+    panels: what to show.
+    title, xlabel, ylabel: texts.
+    ticks: whether the axis has a tick for each place where points are.
+  """
+  with plots.style():
+    figure = Figure(figsize=(5 * len(panels), 4.6))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, models) in zip(axes, panels):
+      for model, points in models.items():
+        if not points:
+          continue
+        colour, marker = STYLES.get(model, (plots.GREY, "."))
+        x, mean, least, most = np.array(points, float).T
+        bars = np.stack([mean - least, most - mean])
+        dashes = "--" if model in ("no_forget", "trellis_m32", *OTHERS) else "-"
+        ax.errorbar(
+          x,
+          mean,
+          bars if bars.any() else None,
+          label=NAMES.get(model, model),
+          color=colour,
+          marker=marker,
+          linestyle=dashes,
+          markersize=5,
+          capsize=2,
+        )
+      ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
+      ax.set_xscale("log")
+      if ticks:
+        at = sorted({p.x for points in models.values() for p in points})
+        ax.set_xticks(at, map(short, at))
+        ax.xaxis.set_minor_locator(NullLocator())
+    named = {k: h for ax in axes for h, k in zip(*ax.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+  return figure
+
+
+def short(x: float) -> str:
+  """ "512", "8k"."""
+  return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
+
+
+def dots(panels: Sequence[tuple[str, Mapping[str, Point]]], title: str, xlabel: str) -> Figure:
+  """A panel beside the other, a row for each name with a point in it, in the same order."""
+  names = list(dict.fromkeys(name for _, points in panels for name in points))[::-1]
+  with plots.style():
+    figure = Figure(figsize=(2.2 + 3.6 * len(panels), 0.9 + 0.32 * len(names)))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for ax, (name, points) in zip(axes, panels):
+      for row, (_, mean, least, most) in points.items():
+        y = names.index(row)
+        ax.errorbar(
+          mean,
+          y,
+          xerr=[[mean - least], [most - mean]] if most > least else None,
+          color=plots.VERMILLION if row == "trellis" else plots.BLUE,
+          marker="o",
+          capsize=2,
+        )
+      if "trellis" in points:
+        ax.axvline(points["trellis"].mean, color=plots.GREY, linestyle=":", linewidth=1.2)
+      ax.set(title=name, xlabel=xlabel)
+    axes[0].set_yticks(range(len(names)), [NAMES.get(n, n) for n in names])
+    figure.suptitle(title)
+  return figure
+
+
+def points(group: Group, x_of, keep=lambda labels: True) -> dict[str, list[Point]]:
+  """A group's points by model, along x = x_of(row's labels, its first line)."""
+  found: dict[str, list[Point]] = {}
+  for row in group.rows:
+    values = group.values(row.labels)
+    if values and keep(row.labels):
+      x = x_of(row.labels, group.of(row.labels)[0])
+      point = Point(x, math.fsum(values) / len(values), min(values), max(values))
+      found.setdefault(row.labels["model"], []).append(point)
+  return found
+
+
+def published(rows: Sequence[base.Row], x_of, keep=lambda labels: True) -> dict[str, list[Point]]:
+  """The paper's points by model."""
+  found: dict[str, list[Point]] = {}
+  for row in rows:
+    if row.published is not None and keep(row.labels):
+      point = Point(x_of(row.labels), *3 * (row.published,))
+      found.setdefault(row.labels["model"], []).append(point)
+  return found

@@ -1,0 +1,74 @@
+"""Table 4: perplexity by the length that a model is trained at."""
+
+import pathlib
+
+from experiments.configs.paper import table4
+from experiments.tables import figures, language, page
+
+OURS, RIVAL = "trellis", "gated_delta_net"
+
+
+def notes(group: language.Group) -> list[str]:
+  """Who is ahead at each length, and whether the gap grows with it, as the paper says."""
+  said, gaps = [], {}
+  books = dict(zip(table4.BOOKS, zip(table4.PUBLISHED[RIVAL][2:], table4.PUBLISHED[OURS][2:])))
+  for context in dict.fromkeys(row.labels["context"] for row in group.rows):
+    mine = group.mean(dict(model=OURS, context=context))
+    theirs = group.mean(dict(model=RIVAL, context=context))
+    if mine is None or theirs is None:
+      continue
+    gaps[context] = theirs - mine
+    there, here = books[context]
+    said.append(
+      f"T = {context}: Trellis {mine:.2f} is {'below' if mine < theirs else 'NOT below'} Gated "
+      f"DeltaNet {theirs:.2f}, gap {gaps[context]:+.2f} (the paper, Books at 125M: "
+      f"{there - here:+.2f})."
+    )
+  if len(gaps) > 1:
+    first, last = min(gaps), max(gaps)
+    word = "does not shrink" if gaps[last] >= gaps[first] else "SHRINKS"
+    said.append(
+      f"The gap to Gated DeltaNet {word} from T = {first} ({gaps[first]:+.2f}) to {last} "
+      f"({gaps[last]:+.2f})."
+    )
+  return said
+
+
+def positions(group: language.Group) -> str:
+  """Perplexity by position at the longest length that was run."""
+  of = lambda row: group.of(row.labels) if group.values(row.labels) else []
+  have = [row for row in group.rows if of(row)]
+  if not have:
+    return ""
+  longest = max(row.labels["context"] for row in have)
+  have = [row for row in have if row.labels["context"] == longest]
+  buckets = [part["first"] for part in of(have[0])[0]["test"]["by_position"]]
+  body = []
+  for row in have:
+    parts = [line["test"]["by_position"] for line in of(row)]
+    cells = (page.spread([p[i]["perplexity"] for p in parts]) for i in range(len(buckets)))
+    body.append([language.NAMES[row.labels["model"]], *cells])
+  return page.table(body, [f"T = {longest}, from token", *map(str, buckets)])
+
+
+def plot(found: list[language.Group]):
+  """The paper's Books columns, and each of our groups."""
+  x_of = lambda labels, *_: labels["context"]
+  books = figures.published(
+    list(table4.rows("paper")), x_of, lambda labels: labels["data"] == "books"
+  )
+  panels = [("the paper: 125M, Books", books)]
+  panels += [(group.title, figures.points(group, x_of)) for group in found]
+  return {"table4": figures.lines(panels, "Perplexity by context", "T of training and test")}
+
+
+def build(results: pathlib.Path) -> page.Page:
+  """The page of Table 4."""
+  return language.build(
+    "table4",
+    "Table 4: perplexity by training context",
+    language.read(results, "table4"),
+    notes=notes,
+    figures=plot,
+    more=positions,
+  )

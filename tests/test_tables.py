@@ -1,0 +1,189 @@
+"""The result pages: made from lines alone, the committed ones byte for byte, bad lines refused."""
+
+import json
+import pathlib
+import re
+
+import matplotlib as mpl
+import pytest
+
+from experiments import provenance
+from experiments.evals import perplexity
+from experiments.tables import __main__ as tables
+from experiments.tables import language, page, run
+from experiments.tables import lines as lines_lib
+
+DOCS = provenance.ROOT / "docs" / "results"
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def line(row, scale, loss, *, seed=0, rate=None, **more):
+  """A line as the runner writes them, with a perplexity that nobody has measured."""
+  parts = [
+    {"first": first, "last": last, "tokens": 5, "perplexity": loss + 0.01 * first}
+    for first, last in perplexity.ranges(row.labels.get("context", 2048))
+  ]
+  scores = {"nats": loss, "tokens": 1, "perplexity": loss, "bits_per_byte": loss / 10}
+  scores["by_position"] = parts
+  about = {"tokens": row.tokens, "parameters": 1000, "state_floats": 10, "flops": row.tokens * 1e6}
+  about |= {"corpus": "books", "corpus_digest": "d", "revision": "abc", "command": "python -m x"}
+  found = {"labels": row.labels, "scale": scale, "seed": seed, "peak_lr": rate or row.rates[1]}
+  found |= {"failure": "", "validation": scores, "test": scores, "seconds": 1.0}
+  return found | about | more
+
+
+def save(path, lines):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def rows_of(name, scale="mini"):
+  return {tuple(row.labels.values()): row for row in run.get(name).rows(scale)}
+
+
+def text_of(name, results):
+  return tables.build(name, results).text
+
+
+def cells(text, start):
+  """The cells of the table row that begins with `start`, the last such row of the text."""
+  row = [x for x in text.splitlines() if x.startswith(f"| {start} ")][-1]
+  return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_committed_pages_are_those_that_the_committed_lines_give(tmp_path):
+  tables.write(tables.RESULTS, tmp_path)
+  made = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+  there = {p.name: p.read_bytes() for p in DOCS.iterdir()}
+  assert set(made) == set(there), "`make tables` and commit docs/results"
+  same_pixels = f"matplotlib {mpl.__version__};" in (DOCS / "README.md").read_text()
+  for name in made:
+    if name == "README.md" and not same_pixels:
+      continue
+    if not name.endswith(".png") or same_pixels:
+      assert made[name] == there[name], f"{name}: `make tables` and commit docs/results"
+
+
+def test_numbers_of_the_readme_stand_in_a_page_of_results():
+  pages = [*DOCS.glob("*.md"), *(provenance.ROOT / "benchmarks" / "results").rglob("*.md")]
+  known = {n for p in pages for n in NUMBER.findall(p.read_text())}
+  readme = re.sub(r"```.*?```", "", (provenance.ROOT / "README.md").read_text(), flags=re.DOTALL)
+  readme = re.sub(r"Python >= 3\.11|arXiv 2512\.23852", "", readme)
+  assert not [n for n in NUMBER.findall(readme) if n not in known]
+
+
+def test_without_lines_no_page_has_a_number_of_ours(tmp_path):
+  tables.write(tmp_path / "none", tmp_path / "out")
+  for name in tables.TABLES:
+    text = (tmp_path / "out" / f"{name}.md").read_text()
+    if name == "series":
+      assert "not run" in text and not re.search(r"^\| trellis .*\d\.\d", text, re.MULTILINE)
+      continue
+    if name != "mqar":
+      assert text.count(": not run.") == 3
+    assert "perplexity |" not in text
+  assert "| not run" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_table_4_shows_the_best_rate_the_spread_and_who_is_ahead(tmp_path):
+  rows, lines = rows_of("table4"), []
+  for context, gap in ((512, 0.5), (8192, 0.25)):
+    mine, theirs = rows["trellis", context], rows["gated_delta_net", context]
+    lines += [line(mine, "mini", loss, rate=rate) for rate, loss in zip(mine.rates, (9, 5, 7))]
+    lines += [line(mine, "mini", 5.5, seed=1), line(theirs, "mini", 5.25 + gap)]
+  lines.append(line(rows["mamba2", 512], "mini", 0, failure="train/loss is nan at step 3"))
+  save(tmp_path / "lm" / "table4.jsonl", lines)
+  built = tables.build("table4", tmp_path)
+  grid = built.text.split("## mini")[1].split("|-")[0] + built.text.split("## mini")[1]
+  row = next(x for x in grid.splitlines() if x.startswith("| Trellis  "))
+  assert [c.strip() for c in row.strip("|").split("|")][1:] == [
+    "5.25 (5.00-5.50)", "not run", "not run", "not run", "5.25 (5.00-5.50)"
+  ]  # fmt: skip
+  assert "| Mamba2           | not finite" in built.text
+  assert "T = 512: Trellis 5.25 is below Gated DeltaNet 5.75, gap +0.50 (the paper" in built.text
+  assert "The gap to Gated DeltaNet SHRINKS from T = 512 (+0.50) to 8192 (+0.25)." in built.text
+  assert cells(built.text, "Trellis 512")[1:7] == [
+    "19.09", "5.25 (5.00-5.50)", "0.525 (0.500-0.550)", "0.005 of 0.002 0.005 0.0125", "0 1",
+    f"{2**20:,}",
+  ]  # fmt: skip
+  assert built.status == "5 of 40 rows at mini" and set(built.figures) == {"table4"}
+  # Another number of tokens is a table of its own.
+  save(tmp_path / "lm" / "table4.jsonl", [*lines, line(rows["trellis", 512], "mini", 3, tokens=64)])
+  text = text_of("table4", tmp_path)
+  assert "## mini: 64 tokens of books" in text and "5.25 (5.00-5.50)" in text
+
+
+def test_ablations_say_what_they_cost(tmp_path):
+  rows = rows_of("table2")
+  losses = {"trellis": 5, "no_forget": 5.5, "f_softmax": 4.75}
+  save(tmp_path / "lm" / "table2.jsonl", [line(rows[(n,)], "mini", x) for n, x in losses.items()])
+  text = text_of("table2", tmp_path)
+  assert "* no_forget costs perplexity: +0.50 (the paper: +0.41)." in text
+  assert "* f_softmax does NOT cost perplexity: -0.25 (the paper: +0.42)." in text
+  assert "* linear_phi_f_ln_silu: not run." in text
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig3", "readings"])
+def test_points_that_ran_are_shown_beside_the_papers(name, tmp_path):
+  rows = list(rows_of(name).values())
+  save(tmp_path / "lm" / f"{name}.jsonl", [line(row, "mini", 5) for row in rows[:3]])
+  built = tables.build(name, tmp_path)
+  assert built.status == f"3 of {len(rows)} rows at mini"
+  built.write(tmp_path)
+  assert all((tmp_path / f"{figure}.png").stat().st_size > 10_000 for figure in built.figures)
+  assert "not run" in built.text and "5.00" in (tmp_path / f"{name}.tex").read_text()
+
+
+def test_scored_tables_show_every_task(tmp_path):
+  rows = rows_of("table3")
+  names = [f"{kind} {n}" for kind, n in run.table3.CELLS]
+  one = line(rows[("trellis",)], "mini", 5, scores=dict(zip(names, range(9))))
+  save(tmp_path / "lm" / "table3.jsonl", [one])
+  text = text_of("table3", tmp_path)
+  ours = text.split("| scores")[1]
+  assert "| Trellis        | 0.00 " in ours and "| 8.00 " in ours and "| 4.00 " in ours
+  assert "79.78" in text.split("Scale paper")[0]  # the mean of the paper's nine
+
+
+def test_a_lines_file_that_is_bad_is_one_sentence(tmp_path, capsys):
+  row = rows_of("table4")["trellis", 512]
+  good = json.dumps(line(row, "mini", 5))
+  bad = {
+    good[:-9]: "table4.jsonl:1 is cut off or no JSON",
+    good + "\n{}\n": "table4.jsonl:2 has no field 'labels'",
+    json.dumps(line(row, "mini", 5) | {"labels": {"model": "x"}}): "of no row at mini",
+  }
+  for text, words in bad.items():
+    (tmp_path / "lm").mkdir(exist_ok=True)
+    (tmp_path / "lm" / "table4.jsonl").write_text(text)
+    argv = ["tables", "table4", f"--results={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert tables.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+    assert not (tmp_path / "out").exists()
+  assert tables.main(["tables", "table9"]) == 2
+  assert "table 'table9' is unknown; accepted are table1, table2" in capsys.readouterr().err
+
+
+def test_latex_has_the_tables_of_the_markdown():
+  text = "# A_1\n\n" + page.table([["x_y", "50%"], ["z", ""]], ["a", "b"]) + "\n\n# B\n\nnone\n"
+  assert page.latex(text).splitlines()[1:] == [
+    r"\begin{table}",
+    r"\caption{A\_1}",
+    r"\begin{tabular}{lr}",
+    r"\toprule",
+    r"a & b \\",
+    r"\midrule",
+    r"x\_y & 50\% \\",
+    r"z &  \\",
+    r"\bottomrule",
+    r"\end{tabular}",
+    r"\end{table}",
+  ]
+
+
+def test_every_table_of_the_folder_is_written():
+  own = {"__init__", "__main__", "figures", "language", "lines", "page", "run", "scored"}
+  files = {p.stem for p in pathlib.Path(language.__file__).parent.glob("*.py")}
+  assert files - own == set(tables.TABLES)
+  assert lines_lib.read(pathlib.Path("none.jsonl")) == []
