@@ -345,7 +345,9 @@ def test_what_is_sown():
   live = jnp.array([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]], bool)
   y, trace = sown(layer, X.reshape(1, B, T, F), mask=live[None])
   want, state = run(layer, X, mask=live, return_state=True)
-  np.testing.assert_array_equal(y[0], want)
+  close(y[0], want)
+  with jax.disable_jit():  # Operation by operation nothing depends on what a compiler fuses.
+    np.testing.assert_array_equal(sown(layer, TOKEN)[0], run(layer, TOKEN))
   per_token = {"forget_gate", "step_size", "target_norm"}
   per_token |= {f"loss_{when}_{which}" for when in ("before", "after") for which in "kv"}
   at_end = {f"{what}_{which}" for what in ("norm", "rank") for which in "kv"}
