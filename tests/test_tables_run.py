@@ -1,6 +1,7 @@
 """The runner of the tables' rows: what is run, what is not run again, what a line says."""
 
 import argparse
+import json
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.configs.paper import base
+from experiments.evals import runs
 from experiments.tables import lines as lines_lib
 from experiments.tables import run
 
@@ -95,6 +97,31 @@ def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path
   for new in (old, old | {"seed": 1}, old | {"settings": 2}):
     run.add(tmp_path / "x.jsonl", new)
   assert [x["settings"] for x in lines_lib.read(tmp_path / "x.jsonl")] == [2]
+
+
+def test_scores_of_tasks_are_those_of_their_evaluators(tmp_path, monkeypatch):
+  row, _ = Rows.rows("mini")
+  cfg, args = row.config, argparse.Namespace(scale="mini", tasks="there")
+  cfg.workdir = str(tmp_path)
+
+  def common_sense(cfg, given):
+    assert given.data == "there" and given.limit == "0"
+    found = {t: {"acc": 0.25, "acc_norm": 0.5, "perplexity": 9.0} for t in given.tasks.split(",")}
+    (tmp_path / run.harness.FILE).write_text(json.dumps({"tasks": found}))
+
+  def needles(cfg, given):
+    assert given.haystack == "there" and given.samples == "50"
+    lines = runs.Lines(tmp_path / run.niah.FILE)
+    for i, n in enumerate(given.lengths.split(",")):
+      lines.add({"kind": given.kinds, "length": int(n)}, score=i / 10)
+
+  monkeypatch.setattr(run.harness, "evaluate", common_sense)
+  monkeypatch.setattr(run.niah, "evaluate", needles)
+  scores = run.SCORES["table1"](cfg, args)
+  assert list(scores.values()) == [9.0, 25.0, 25.0, 50.0, 25.0, 25.0, 50.0, 25.0]
+  scores = run.SCORES["table3"](cfg, args)
+  assert list(scores) == [f"{kind} {n}" for kind, n in run.table3.CELLS]
+  assert list(scores.values()) == [0.0, 10.0, 20.0] * 3
 
 
 @pytest.mark.parametrize(

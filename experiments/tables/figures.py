@@ -50,13 +50,15 @@ def lines(
     figure = Figure(figsize=(5 * len(panels), 4.6))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (name, models) in zip(axes, panels):
+      used = set()
       for model, points in models.items():
         if not points:
           continue
-        colour, marker = STYLES.get(model, (plots.GREY, "."))
+        colour, marker = STYLES.get(model) or STYLES.get(model.split()[0], (plots.GREY, "."))
         x, mean, least, most = np.array(points, float).T
         bars = np.stack([mean - least, most - mean])
-        dashes = "--" if model in ("no_forget", "trellis_m32", *OTHERS) else "-"
+        dashed = model in ("no_forget", *OTHERS) or colour in used
+        used |= set() if dashed else {colour}
         ax.errorbar(
           x,
           mean,
@@ -64,7 +66,7 @@ def lines(
           label=NAMES.get(model, model),
           color=colour,
           marker=marker,
-          linestyle=dashes,
+          linestyle="--" if dashed else "-",
           markersize=5,
           capsize=2,
         )

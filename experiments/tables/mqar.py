@@ -1,6 +1,8 @@
-"""Multi-query associative recall, which the paper does not report: the studies, and a figure."""
+"""Multi-query associative recall, which the paper does not report: the studies and their curves."""
 
 import pathlib
+
+from matplotlib.figure import Figure
 
 from experiments import study
 from experiments.tables import figures, page
@@ -10,7 +12,7 @@ FIELDS = ("labels", "seed", "peak_lr", "accuracy", "onset", "floats_of_state", "
 
 
 def build(results: pathlib.Path) -> page.Page:
-  """The page of the studies that have a run, and the curves of recall by size of the state."""
+  """The page of the studies that have a run, and the curves of those over numbers of pairs."""
   parts, shown, names = ["# Recall"], {}, []
   for path in sorted((results / "study").glob("*.jsonl")):
     name, lines = path.stem, lines_lib.read(path, FIELDS)
@@ -20,30 +22,26 @@ def build(results: pathlib.Path) -> page.Page:
     cells = [labels for labels, _ in module.cells()]
     have = [labels for labels in cells if lines_lib.select(lines, {"labels": labels})]
     names.append(f"{name}: {len(have)} of {len(cells)} settings")
-    if name == "mqar_mixers":
-      shown["mqar"] = curves(lines, cells)
+    if have and "pairs" in cells[0]:
+      shown[name] = curves(heading, lines, have)
   status = "; ".join(names) or page.NOT_RUN
   return page.Page("mqar", "\n\n".join(parts) + "\n", shown, status)
 
 
-def curves(lines, cells):
-  """Accuracy by size of the state, a panel for each number of pairs, a line for each mixer."""
+def curves(heading: str, lines: list[lines_lib.Line], cells: list[dict]) -> Figure:
+  """Accuracy by size, a panel for each number of pairs, a line for each model.
+
+  The size is the label `n` where there is one, else what a row carries from token to token.
+  """
   panels: dict[int, dict[str, list[figures.Point]]] = {}
   for labels in cells:
-    if not (of := lines_lib.select(lines, {"labels": labels})):
-      continue
-    of = study.best_rate(of)
-    values = [line["accuracy"] or 0.0 for line in of]
-    point = figures.Point(
-      of[0]["floats_of_state"], sum(values) / len(values), min(values), max(values)
-    )
-    panel = panels.setdefault(labels["pairs"], {})
-    panel.setdefault(labels["mixer"], []).append(point)
+    of = study.best_rate(lines_lib.select(lines, {"labels": labels}))
+    values = [line["accuracy"] or 0.0 for line in of]  # of a lost replica 0, as in the table
+    size = labels.get("n", of[0]["floats_of_state"])
+    point = figures.Point(size, sum(values) / len(values), min(values), max(values))
+    model = next(iter(labels.values()))
+    panels.setdefault(labels["pairs"], {}).setdefault(model, []).append(point)
   shown = [(f"{pairs} pairs", models) for pairs, models in sorted(panels.items())]
-  return figures.lines(
-    shown,
-    "Recall by size of the state",
-    "floats that a row carries",
-    "held-out accuracy",
-    ticks=False,
-  )
+  by_n = "n" in cells[0]
+  xlabel = "n" if by_n else "floats that a row carries"
+  return figures.lines(shown, heading, xlabel, "held-out accuracy", ticks=by_n)

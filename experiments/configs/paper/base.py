@@ -4,7 +4,7 @@ A table is a file beside this one. Its `rows(scale)` are the table's rows at one
 
     paper   the paper's sizes, tokens and context lengths
     small   32 million parameters, 200 million tokens: planned for less than 25 minutes of one GPU
-    mini    0.6 million parameters, 1 million tokens: some minutes of one core
+    mini    0.6 million parameters, 1 million tokens: 4 to 5 minutes of one core, scoring included
 
 `python -m experiments.tables.run` trains and scores them one after the other. A single one is
 
@@ -155,7 +155,7 @@ def _config(labels, s: Size, mixer: str, context: int, steps: int, data: str, kn
   cfg.optim.peak_lr, cfg.optim.end_lr_ratio = s.peak_lr, 1e-5 / s.peak_lr
   cfg.optim.warmup_steps = cfg.steps // 10
   cfg.checkpoint.every, cfg.checkpoint.keep = max(1, cfg.steps // 8), 1
-  cfg.eval.every = max(1, cfg.steps // 4)
+  cfg.eval.every, cfg.eval.batches = max(1, cfg.steps // 4), 4
   cfg.log.every = max(1, cfg.steps // 20)
   return cfg
 
