@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -130,7 +131,7 @@ def best_rate(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
   by_rate: dict[float, list] = {}
   for line in lines:
     by_rate.setdefault(line["peak_lr"], []).append(line)
-  mean = lambda group: sum(line["accuracy"] or 0.0 for line in group) / len(group)
+  mean = lambda group: statistics.fmean(line["accuracy"] or 0.0 for line in group)
   return max(by_rate.values(), key=mean)
 
 
@@ -142,7 +143,7 @@ def cell(lines: list[dict[str, Any]]) -> str:
   scores = [line["accuracy"] or 0.0 for line in lines]
   onsets = sorted(line["onset"] or 10**9 for line in lines)
   onset = onsets[len(onsets) // 2]
-  mean = sum(scores) / len(scores)
+  mean = statistics.fmean(scores)
   spread = f"{mean:.2f} ({min(scores):.2f}-{max(scores):.2f})"
   return f"{spread} {onset if onset < 10**9 else '-'}"
 

@@ -10,6 +10,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
+from statistics import fmean  # the same bits in every Python, which sum is not
 from typing import Any
 
 import tabulate
@@ -49,14 +50,14 @@ def seeds_of(lines: Lines, model: str, dataset: str) -> list[tuple[float, float]
   for seed in sorted({line["seed"] for line in lines}, key=str):
     of = {line["labels"]["horizon"]: line for line in lines if line["seed"] == seed}
     if all(h in of for h in HORIZONS):
-      rows.append(tuple(sum(of[h][m] for h in HORIZONS) / len(HORIZONS) for m in METRICS))
+      rows.append(tuple(fmean(of[h][m] for h in HORIZONS) for m in METRICS))
   return rows
 
 
 def ours(lines: Lines, model: str, dataset: str) -> tuple[float, float] | None:
   """(MSE, MAE) over horizons and seeds, None where there is no seed with all horizons."""
   rows = seeds_of(lines, model, dataset)
-  return tuple(sum(column) / len(rows) for column in zip(*rows)) if rows else None
+  return tuple(map(fmean, zip(*rows))) if rows else None
 
 
 def spread(values: Iterable[float]) -> str:
@@ -64,7 +65,7 @@ def spread(values: Iterable[float]) -> str:
   values = list(values)
   if not values:
     return NOT_RUN
-  mean = f"{sum(values) / len(values):.3f}"
+  mean = f"{fmean(values):.3f}"
   return mean if len(values) == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
 
 
@@ -118,7 +119,7 @@ def verdicts(lines: Lines) -> list[str]:
       said.append(f"{dataset}: {OURS} {mine[0]:.3f} is {word} {RIVAL}'s average MSE {theirs:.3f}.")
   done = [d for d in SUM_OF if ours(lines, OURS, d)]
   if done:
-    mean = lambda f: sum(f(d)[0] for d in done) / len(done)
+    mean = lambda f: fmean(f(d)[0] for d in done)
     mine, theirs = mean(lambda d: ours(lines, OURS, d)), mean(lambda d: average(REFERENCE, d))
     said.append(
       f"Mean MSE over {', '.join(done)}: {OURS} {mine:.4f}, {REFERENCE} {theirs:.4f}, "

@@ -1,6 +1,6 @@
 """Figures in the shape of the paper's: a line for a model, a panel for a size."""
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ def points(group: Group, x_of, keep=lambda labels: True) -> dict[str, list[Point
     values = group.values(row.labels)
     if values and keep(row.labels):
       x = x_of(row.labels, group.of(row.labels)[0])
-      point = Point(x, math.fsum(values) / len(values), min(values), max(values))
+      point = Point(x, statistics.fmean(values), min(values), max(values))
       found.setdefault(row.labels["model"], []).append(point)
   return found
 

@@ -8,6 +8,7 @@ best learning rate by validation loss.
 import dataclasses
 import importlib
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,7 +43,7 @@ class Group:
   def mean(self, labels: Labels) -> float | None:
     """A row's perplexity, the mean over seeds."""
     values = self.values(labels)
-    return sum(values) / len(values) if values else None
+    return statistics.fmean(values) if values else None
 
   def cell(self, labels: Labels) -> str:
     """A row's cell: mean and range over seeds, or why there is none."""

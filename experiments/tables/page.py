@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 
 import tabulate
@@ -43,7 +44,7 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
   values = list(values)
   if not values:
     return NOT_RUN
-  mean = f"{sum(values) / len(values):.{digits}f}"
+  mean = f"{statistics.fmean(values):.{digits}f}"
   if len(values) == 1:
     return mean
   return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -1,6 +1,7 @@
 """Pages of models that are scored on several tasks: Tables 1 and 3."""
 
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 from experiments.tables import language, page
@@ -20,7 +21,7 @@ def build(
   """
   shown = [column.replace("niah_single_", "S-NIAH-") for column in columns]
   model = lambda row: language.NAMES[row.labels["model"]]
-  mean = lambda values: f"{sum(values[skip:]) / len(values[skip:]):.2f}"
+  mean = lambda values: f"{statistics.fmean(values[skip:]):.2f}"
 
   def published(rows):
     body = [[model(r), *(f"{x:.2f}" for x in r.published), mean(r.published)] for r in rows]
