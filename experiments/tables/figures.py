@@ -77,7 +77,8 @@ def lines(
         ax.set_xticks(at, map(short, at))
         ax.xaxis.set_minor_locator(NullLocator())
     named = {k: h for ax in axes for h, k in zip(*ax.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
+    columns = 4 if len(panels) > 1 else 3
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
     figure.suptitle(title)
   return figure
 
