@@ -55,12 +55,12 @@ class Kernel(NamedTuple):
 
 
 def shapes() -> Iterator[Shape]:
-  """Every supported shape in bf16; the squares with restarts too, and in fp32."""
+  """Every supported shape in bf16; the squares with restarts, in fp32, and in fp32 with both."""
   for m in SLOTS:
     for d in WIDTHS:
       for v in WIDTHS:
         yield from (Shape(d, v, m, c) for c in CHUNKS)
-  for dtype, restarts in (("bfloat16", True), ("float32", False)):
+  for dtype, restarts in (("bfloat16", True), ("float32", False), ("float32", True)):
     for d in WIDTHS:
       yield from (Shape(d, d, d, c, dtype, restarts) for c in CHUNKS)
 
@@ -77,9 +77,9 @@ def mesh(*axes: tuple[str, int], kind=AxisType.Explicit) -> AbstractMesh:
   return AbstractMesh(sizes, names, (kind,) * len(names), abstract_device=device)
 
 
-def lower(shape: Shape):
+def lower(shape: Shape, tokens: int = 2048):
   """Returns the lowered program of the op's value and gradient at a shape."""
-  b, t, h = 8, 2048, 12
+  b, t, h = 8, tokens, 12
   array = lambda *size, dtype=shape.dtype: jax.ShapeDtypeStruct(size, dtype)
   x = tuple(array(b, t, h, n) for n in (shape.D, shape.D, shape.V, shape.M))
   x += (array(b, t, h, dtype="float32"),) * 2
@@ -158,7 +158,10 @@ def lines(wanted: list[Shape]) -> list[dict[str, Any]]:
   for i, shape in enumerate(wanted):
     print(f"{i + 1} of {len(wanted)}: {shape}", file=sys.stderr, flush=True)
     jax.clear_caches()
-    for kernel in kernels(lower(shape)):
+    launches = kernels(lower(shape))
+    if shape == Shape(shape.D, shape.V, shape.M):
+      launches += kernels(lower(shape, tokens=1))  # the same for every chunk and dtype
+    for kernel in launches:
       key = hashlib.sha256(repr(kernel).encode()).hexdigest()
       if key not in known:
         known[key] = compiled(kernel)
@@ -201,7 +204,13 @@ def report(found: list[dict], command: str, versions: str) -> str:
   ]
   table = tabulate.tabulate(rows, columns, "github", disable_numparse=True)
   spilt = [x for x in found if x["spill_bytes"]]
-  clean = "No kernel spills." if not spilt else f"{len(spilt)} of {len(found)} rows spill."
+  clean = "No kernel spills."
+  if spilt:
+    at = lambda x: (
+      f"{x['dtype']}{' with restarts' * x['restarts']}, D {x['D']}, V {x['V']}, M {x['M']}"
+    )
+    where = "; ".join(dict.fromkeys(map(at, spilt)))
+    clean = f"{len(spilt)} of {len(found)} rows spill: {where}."
   return f"""    {command}
 
 {versions}. What the compiler says, not a measurement: nothing here has run on a GPU.

@@ -71,8 +71,9 @@ class _Scaled:
     self.y_y = square * self.i * self.i
 
   def over(self, x):
-    """E x, [rows, 1]."""
-    return jnp.sum(x, axis=-1)[:, None] * self.scale
+    """E x, [rows, 1], or a scalar of a vector."""
+    total = jnp.sum(x, axis=-1) * self.scale
+    return total if x.ndim == 1 else total[:, None]
 
   def mean(self, x):
     """E x where y is centred, else 0."""

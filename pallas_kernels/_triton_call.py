@@ -79,15 +79,40 @@ def dot(plan: Plan, x, y, dims=NN):
   return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def seen(plan: Plan, x, entered, s, init_ref, dims):
-  """Returns x times the memory that its rows' tokens see: s, or the initial one if not `entered`.
+def columns_at_a_time(plan: Plan) -> int:
+  """Returns how many columns of a tile are taken at once where registers are short.
+
+  A whole operand of the widest shapes is more than they hold beside all else.
+  """
+  if plan.operand == jnp.float32:
+    return 16 if plan.runs else 32
+  return 64
+
+
+def in_parts(plan: Plan, x_ref, y_ref, dims):
+  """Returns the product, NN or NT, of what two references hold, a few columns of x at a time."""
+  (rows, columns), by_rows = x_ref.shape, dims == NN
+  part = columns_at_a_time(plan)
+  if part >= columns:
+    return dot(plan, x_ref[...], y_ref[...], dims)
+
+  def add(i, z):
+    at = pl.ds(i * part, part)
+    return z + dot(plan, x_ref[:, at], y_ref[at] if by_rows else y_ref[:, at], dims)
+
+  start = jnp.zeros((rows, y_ref.shape[by_rows]), jnp.float32)
+  return jax.lax.fori_loop(0, columns // part, add, start)
+
+
+def seen(product, entered, s_ref, init_ref):
+  """Returns the product with the memory that its rows see: S, or the initial one if not `entered`.
 
   `entered` is fp32 [rows], or None without restarts; most tiles have no restart and one product.
   """
-  y = dot(plan, x, s, dims)
+  y = product(s_ref)
   if entered is None:
     return y
-  both = lambda y: jnp.where(entered[:, None] > 0, y, dot(plan, x, init_ref[...], dims))
+  both = lambda y: jnp.where(entered[:, None] > 0, y, product(init_ref))
   return jax.lax.cond(jnp.min(entered) > 0, lambda y: y, both, y)
 
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
-from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile
+from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile, wait
 
 # Rows of the numbers per token and per chunk.
 STEP, END, ENTERED = range(3)
@@ -35,9 +35,9 @@ def _launch(plan, m: int, width: int, backward: bool) -> tuple[int, int, int]:
   """
   size, fp32 = m * width, plan.operand == jnp.float32
   most = 64 * 64 * 64 // size if backward else 64 if m <= 64 else 32
-  full = not backward and plan.runs and size > 64 * 128
+  full = (fp32 or (plan.runs and not backward)) and size > 64 * 128
   if fp32 or full:
-    most = max(16, most // 2)
+    most = max(16, most // (4 if fp32 and plan.runs else 2))
   stages = 1 if full and plan.chunk == 16 else 2
   return min(plan.chunk, most), 4 if size <= 64 * 64 and not backward else 8, stages
 
@@ -78,11 +78,15 @@ def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, memor
       kept_ref[...] = s
 
     anchor = s.astype(plan.operand)
+    # So many parts hold the chunk's start too long for the registers; it has just been stored.
+    stored = plan.chunk == BLOCK and BLOCK // part >= 4
+    if stored:
+      wait(plan)
 
     def write(j, s):
       tokens = pl.ds(at + j * part, part)
       w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
-      z = dot(plan, w, anchor, NT)
+      z = dot(plan, w, states_ref[c] if stored else anchor, NT)
       if plan.runs:
         entered = rows[ENTERED, tokens][:, None] > 0
         z = jnp.where(entered, z, dot(plan, w, operand[...], NT))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
-from pallas_kernels._triton_call import BLOCK, NN, NT, call, dot, seen, tile
+from pallas_kernels._triton_call import BLOCK, NT, call, dot, in_parts, seen, tile
 
 # Rows of the numbers per token.
 HI, LO, FIRST, CARRY, ENTERED = range(5)
@@ -38,11 +38,14 @@ def pair(hi, lo, first, hi_s, lo_s, before):
   return jnp.where(sees, jnp.exp(jnp.where(sees, exponent, 0)), 0)
 
 
-def read(plan, rows, x, s, init, dims):
-  """Returns (carried part, carry [t, 1], whether it is that of s [t] or None) of a read of x."""
-  carry = rows[CARRY, :][:, None]
-  entered = rows[ENTERED, :] if plan.runs else None
-  return carry * seen(plan, x, entered, s, init, dims), carry, entered
+def read(rows, entered, product, s, init):
+  """Returns the carried part of a read: `product` of S or, behind a restart, of `init`."""
+  return rows[CARRY, :][:, None] * seen(product, entered, s, init)
+
+
+def entered_of(plan, rows):
+  """Returns whether the tokens read S, [t] in fp32, or None without restarts."""
+  return rows[ENTERED, :] if plan.runs else None
 
 
 def block_pair(rows):
@@ -86,14 +89,14 @@ def forward(plan, q, k, v, gu, rows, states, init, save: bool):
   d, width = q.shape[-1], v.shape[-1]
 
   def trellis_read(rows, q, k, v, gu_k, gu_v, s_k, s_v, init_k, init_v, o, *save_y):
-    decay = block_pair(rows)
+    decay, entered = block_pair(rows), entered_of(plan, rows)
     query = q[...]
-    y, _, _ = read(plan, rows, query, s_k[...], init_k, NT)
+    y = read(rows, entered, lambda s: in_parts(plan, q, s, NT), s_k, init_k)
     y = y - dot(plan, dot(plan, query, k[...], NT) * decay, gu_k[...])
     for ref in save_y:
       ref[...] = y.astype(ref.dtype)
     r = activations.apply(plan, plan.f, y, plan.eps)
-    p, _, _ = read(plan, rows, r, s_v[...], init_v, NN)
+    p = read(rows, entered, lambda s: dot(plan, r, s[...]), s_v, init_v)
     p = p - dot(plan, dot(plan, r, gu_v[...], NT) * decay, v[...])
     o[...] = activations.apply(plan, plan.phi_out, p, plan.eps).astype(o.dtype)
 

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import NN, NT, TN, call, dot, through, wait
-from pallas_kernels._triton_readout import block_pair, read
+from pallas_kernels._triton_call import NN, NT, TN, call, dot, in_parts, through, wait
+from pallas_kernels._triton_readout import CARRY, block_pair, entered_of, read
 
 
 def row_dot(x, y):
@@ -50,26 +50,27 @@ def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
 
 
 def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, parts, *init_bar):
-  decay, value = block_pair(rows), v[...]
+  decay, carry, entered = block_pair(rows), rows[CARRY, :][:, None], entered_of(plan, rows)
   r_tile = activations.apply(plan, plan.f, y[...].astype(jnp.float32), plan.eps)
   # Two outputs hold something else first: registers are short, see also `through`.
   r = y_bar
   through(plan, r, r_tile)
-  weights = (dot(plan, r[...], gu[...], NT) * decay).astype(plan.operand)
-  p, carry, entered = read(plan, rows, r[...], s[...], init, NN)
-  p = p - dot(plan, weights, value)
+  weights = (in_parts(plan, r, gu, NT) * decay).astype(plan.operand)
+  p = read(rows, entered, lambda s: in_parts(plan, r, s, NN), s, init)
+  p = p - dot(plan, weights, v[...])
   p_bar = activations.vjp(plan, plan.phi_out, p, o_bar[...].astype(jnp.float32), plan.eps)
-  p_bar = through(plan, v_bar, p_bar)
+  through(plan, v_bar, p_bar)
   _to_memory(plan, r, carry, entered, v_bar, s_bar, init_bar)
+  r_bar = read(rows, entered, lambda s: in_parts(plan, v_bar, s, NT), s, init)
+  of_values = (in_parts(plan, v_bar, v, NT) * decay).astype(plan.operand)
+  p_bar = v_bar[...]
   wait(plan)
   v_bar[...] = -dot(plan, weights, p_bar, TN).astype(v_bar.dtype)
 
-  weights = (dot(plan, p_bar, value, NT) * decay).astype(plan.operand)
-  from_gu = -dot(plan, weights, r[...], TN)
+  from_gu = -dot(plan, of_values, r[...], TN)
   gu_bar[...] = from_gu.astype(gu_bar.dtype)
   part = row_dot(from_gu, gu[...])
-  r_bar, _, _ = read(plan, rows, p_bar, s[...], init, NT)
-  r_bar = r_bar - dot(plan, weights, gu[...])
+  r_bar = r_bar - dot(plan, of_values, gu[...])
   parts[...] = row_dot(r[...], r_bar) - part
   y_bar_tile = activations.vjp(plan, plan.f, y[...].astype(jnp.float32), r_bar, plan.eps)
   wait(plan)
@@ -77,14 +78,15 @@ def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, p
 
 
 def _keys(plan, rows, q, k, gu, s, init, y_bar, q_bar, k_bar, gu_bar, s_bar, parts, *init_bar):
-  decay, query, key, ct = block_pair(rows), q[...], k[...], y_bar[...]
+  decay, carry, entered = block_pair(rows), rows[CARRY, :][:, None], entered_of(plan, rows)
+  query, key, ct = q[...], k[...], y_bar[...]
   weights = dot(plan, query, key, NT) * decay
   gu_bar[...] = -dot(plan, weights, ct, TN).astype(gu_bar.dtype)
   weights = (dot(plan, ct, gu[...], NT) * decay).astype(plan.operand)
   from_query = -dot(plan, weights, query, TN)
   k_bar[...] = from_query.astype(k_bar.dtype)
   part = row_dot(from_query, key)
-  from_ct, carry, entered = read(plan, rows, ct, s[...], init, NN)
+  from_ct = read(rows, entered, lambda s: in_parts(plan, y_bar, s, NN), s, init)
   from_ct = from_ct - dot(plan, weights, key)
   q_bar[...] = from_ct.astype(q_bar.dtype)
   parts[...] = row_dot(from_ct, query) - part

@@ -10,7 +10,9 @@ All in fp32 and without matrix products: a token reads and writes every memory o
 its time is made of.
 """
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels._support import CLOSES, LIVE, OPENS, RESTARTS
@@ -20,22 +22,25 @@ from pallas_kernels._triton_call import call, tile
 def _write(plan, flags, decay, rate, a, w, refs):
   """Stores one memory and its chunk start after the token, and returns the memory [M W]."""
   s_ref, anchor_ref, init_ref, s_out, anchor_out = refs
-  old, old_anchor = s_ref[...], anchor_ref[...]
-  restarts = flags[RESTARTS] > 0
-  s = jnp.where(restarts, init_ref[...], old)
-  anchor = jnp.where(flags[OPENS] > 0, s, jnp.where(restarts, init_ref[...], old_anchor))
+  # Branches, not selects: most tokens need no initial memory, and registers are short.
+  start = lambda ref: jax.lax.cond(flags[RESTARTS] > 0, lambda: init_ref[...], lambda: ref[...])
+  s = start(s_ref)
+  anchor = jax.lax.cond(flags[OPENS] > 0, lambda: s, lambda: start(anchor_ref))
   z = jnp.sum(anchor * w[None, :], axis=1)
-  u = _on_row(activations.inner_gradient, plan, plan.phi, z, a[None, :], plan.phi_eps)
+  u = activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
   new = decay * s - (rate * u)[:, None] * w[None, :]
-  live = flags[LIVE] > 0
-  s_out[...] = jnp.where(live, new, old)
-  anchor_out[...] = jnp.where(live, jnp.where(flags[CLOSES] > 0, new, anchor), old_anchor)
+
+  @pl.when(flags[LIVE] > 0)
+  def _():
+    s_out[...] = new
+    anchor_out[...] = jnp.where(flags[CLOSES] > 0, new, anchor)
+
+  @pl.when(flags[LIVE] == 0)
+  def _():
+    s_out[...] = s_ref[...]
+    anchor_out[...] = anchor_ref[...]
+
   return new
-
-
-def _on_row(function, plan, name, x, *args):
-  """Returns an activation of a vector, which the functions of tiles take as a tile of one row."""
-  return jnp.sum(function(plan, name, x[None, :], *args), axis=0)
 
 
 def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
@@ -54,10 +59,10 @@ def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
     keys, values = (s_k, a_k, init_k, *outs[::2]), (s_v, a_v, init_v, *outs[1::2])
     new = _write(plan, flags, decay, rate, a, k[...], keys)
     y = jnp.sum(new * q[...][None, :], axis=1)
-    r = _on_row(activations.apply, plan, plan.f, y, plan.eps)
+    r = activations.apply(plan, plan.f, y, plan.eps)
     new = _write(plan, flags, decay, rate, a, v[...], values)
     p = jnp.sum(new * r[:, None], axis=0)
-    p = _on_row(activations.apply, plan, plan.phi_out, p, plan.eps)
+    p = activations.apply(plan, plan.phi_out, p, plan.eps)
     o[...] = jnp.where(flags[LIVE] > 0, p, 0)
 
   row = lambda *size: tile((None, None, *size), lambda h, b: (b, h, *(0,) * len(size)))
@@ -72,7 +77,7 @@ def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
     + [head(m, d), head(m, width)],
     [row(width), *both, *both],
     [(v.shape, jnp.float32), *[(x.shape, jnp.float32) for x in (*memories, *anchors)]],
-    warps=4 if m * max(d, width) <= 64 * 64 else 8,
+    warps=8 if m * max(d, width) <= 64 * 128 else 16,
     stages=1,
   )(flags, gates, q, k, v, alpha, *memories, *anchors, *init)
   return o, tuple(rest[:2]), tuple(rest[2:])

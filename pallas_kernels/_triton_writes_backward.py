@@ -23,7 +23,17 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import BLOCK, NN, NT, TN, call, dot, seen, wait
+from pallas_kernels._triton_call import (
+  BLOCK,
+  NT,
+  TN,
+  call,
+  columns_at_a_time,
+  dot,
+  in_parts,
+  seen,
+  wait,
+)
 from pallas_kernels._triton_readout_backward import row_dot
 
 # Rows of the numbers per token; the last three with restarts alone.
@@ -50,15 +60,22 @@ def scalars(plan, log_beta, gamma, run):
 
 def _codes(plan, rows, a_ref, passes, a_bar_ref, g_bar_ref):
   """Stores A_bar and g_bar, summed over the passes (Z, X, where Z_bar goes)."""
-  a, step = a_ref[...].astype(jnp.float32), rows[STEP, :][:, None]
-  a_bar, g_bar = 0, 0
-  for z, x, z_bar_ref in passes:
-    z, x = z[...].astype(jnp.float32), x[...].astype(jnp.float32)
-    u, z_bar, more = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
-    z_bar_ref[...] = (plan.rho * z_bar).astype(z_bar_ref.dtype)
-    a_bar, g_bar = a_bar + more, g_bar + jnp.sum(u * x, axis=-1)
-  a_bar_ref[...] = a_bar.astype(a_bar_ref.dtype)
-  g_bar_ref[...] = g_bar
+  part = BLOCK * columns_at_a_time(plan) // max(64, a_ref.shape[1])
+
+  def some(j, carry):
+    tokens = pl.ds(j * part, part)
+    a, step = a_ref[tokens].astype(jnp.float32), rows[STEP, tokens][:, None]
+    a_bar, g_bar = 0, 0
+    for z, x, z_bar_ref in passes:
+      z, x = z[tokens].astype(jnp.float32), x[tokens].astype(jnp.float32)
+      u, z_bar, more = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
+      z_bar_ref[tokens] = (plan.rho * z_bar).astype(z_bar_ref.dtype)
+      a_bar, g_bar = a_bar + more, g_bar + jnp.sum(u * x, axis=-1)
+    a_bar_ref[tokens] = a_bar.astype(a_bar_ref.dtype)
+    g_bar_ref[tokens] = g_bar
+    return carry
+
+  jax.lax.fori_loop(0, BLOCK // part, some, None)
 
 
 def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
@@ -79,29 +96,43 @@ def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
       restarted = (1 - entered)[:, None] * column(STALE_CARRY) * z_bar[...]
       init_bar[0][...] = dot(plan, restarted, w[...], TN)
 
-  stale = seen(plan, z_bar[...], entered, s[...], init, NN)
-  stale = column(STALE_CARRY) * stale
-  at_token = jnp.zeros((BLOCK,), jnp.float32)
-  if plan.chunk < BLOCK:
+  inside = plan.chunk < BLOCK
+  if inside:
     own = rows[HI, :], rows[LO, :], chunk_start
     pair = readout.pair(rows[STALE_HI, :], rows[STALE_LO, :], rows[STALE_FIRST, :], *own)
-    weights = (dot(plan, z_bar[...], gu[...], NT) * pair).astype(plan.operand)
-    stale = stale - dot(plan, weights, w[...])
-  before = row_dot(stale, w[...])
-  w_bar[...] = (w_bar[...].astype(jnp.float32) + stale).astype(w_bar.dtype)
-  if plan.chunk < BLOCK:
-    back = dot(plan, weights, w[...], TN)
-    at_token = row_dot(back, w[...])
-    w_bar[...] = (w_bar[...].astype(jnp.float32) - back).astype(w_bar.dtype)
-  ended = column(END) * dot(plan, gu[...], end_bar[...])
-  of_end = row_dot(ended, w[...])
-  w_bar[...] = (w_bar[...].astype(jnp.float32) - ended).astype(w_bar.dtype)
+    weights = (in_parts(plan, z_bar, gu, NT) * pair).astype(plan.operand)
+
+  def columns(i, numbers):
+    at_token, of_end, before = numbers
+    at = slice(None), pl.ds(i * part, part)
+    own = w[at]
+    stale = seen(lambda s: dot(plan, z_bar[...], s[at]), entered, s, init)
+    stale = column(STALE_CARRY) * stale
+    if inside:
+      stale = stale - dot(plan, weights, own)
+    before = before + row_dot(stale, own)
+    own_bar = w_bar[at].astype(jnp.float32) + stale
+    if inside:
+      back = dot(plan, weights, own, TN)
+      at_token = at_token + row_dot(back, own)
+      own_bar = own_bar - back
+    ended = column(END) * dot(plan, gu[...], end_bar[at])
+    of_end = of_end + row_dot(ended, own)
+    w_bar[at] = (own_bar - ended).astype(w_bar.dtype)
+    return at_token, of_end, before
+
+  part = columns_at_a_time(plan)
+  if z_bar.shape[1] > 64 and (plan.runs or plan.operand == jnp.float32):
+    part = max(16, part // 2)
+  zero = jnp.zeros((BLOCK,), jnp.float32)
+  numbers = jax.lax.fori_loop(0, w.shape[1] // part, columns, (zero, zero, zero))
+  at_token, of_end, before = numbers
   total = _at_end(plan, rows, s, init, end_bar, init_bar)
   at_token = at_token + of_end + jnp.where(t == BLOCK - 1, total - jnp.sum(of_end), 0)
-  inside = chunk_start > 0
+  counts = chunk_start > 0
   if plan.runs:
-    inside = inside & (rows[CHUNK_ENTERED, :] > 0)
-  return at_token, jnp.where(inside, before, 0)
+    counts = counts & (rows[CHUNK_ENTERED, :] > 0)
+  return at_token, jnp.where(counts, before, 0)
 
 
 def _at_end(plan, rows, s, init, end_bar, init_bar):
