@@ -92,7 +92,7 @@ def test_any_split_is_one_pass():
 
 
 def test_slots_stay_on_the_sphere_over_long_sequences():
-  out, state = jax.jit(lambda x: _chunked(x, 16))(_inputs(np.float32, t=2048))
+  out, state = jax.jit(lambda x: _chunked(x, 16))(_inputs(np.float32, t=4096))
   assert np.all(np.isfinite(out))
   np.testing.assert_allclose(np.linalg.norm(state.memory, axis=-1), 1, atol=1e-6)
 
