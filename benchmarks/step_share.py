@@ -12,10 +12,15 @@ import tabulate
 from benchmarks import kernel_tpu
 from benchmarks.tpu_estimate import Case
 from experiments import provenance
+from experiments.configs.paper import base
+from trellis_jax import mixers
 
 RESULTS = kernel_tpu.RESULTS.with_name("step_share.md")
-# The 125M model of the paper: 12 x 768, 12 heads of 64, SwiGLU 2048, tied embeddings.
-WIDTH, LAYERS, HEADS, HEAD, SLOTS, MLP, VOCAB = 768, 12, 12, 64, 64, 2048, 32000
+# The 125M model of the paper, tied embeddings.
+SIZE = base.SIZES["125m"]
+WIDTH, LAYERS, HEADS, VOCAB = SIZE.width, SIZE.num_layers, SIZE.num_heads, SIZE.vocab_size
+HEAD, MLP = WIDTH // HEADS, SIZE.mlp_widths[list(base.NAMES).index("trellis")]
+SLOTS = mixers.get("trellis").Config().num_slots
 # One chip's part of a step: 16 rows of 2,048, half a million tokens on 16 chips.
 TOKENS = 16 * 2048
 PEAK = {"v5e": 197, "v5p": 459}  # TFLOP/s of bfloat16, as published

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu_activations as activations
 from pallas_kernels import _tpu_plan as plans
-from pallas_kernels._support import CLOSES, LIVE, OPENS, RESTARTS
+from pallas_kernels._one_token import CLOSES, LIVE, OPENS, RESTARTS
 from pallas_kernels._tpu_activations import Over
 
 NAME = "trellis_step"
@@ -80,7 +80,7 @@ def _kernel(flags, gates, q, k, v, a, s_k, s_v, a_k, a_v, init_k, init_v, o, *ou
 
 
 def call(spec, flags, gates, q, k, v, alpha, memories, anchors, init):
-  """Runs the kernel; arguments and results are those of the launch of `_support.one_token`."""
+  """Runs the kernel; arguments and results are those of the launch of `_one_token.step`."""
   b, h, d = q.shape
   width, m = v.shape[-1], alpha.shape[-1]
   # Heads of a block of tokens are whole tiles, or all.

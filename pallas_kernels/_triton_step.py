@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
-from pallas_kernels._support import CLOSES, LIVE, OPENS, RESTARTS
+from pallas_kernels._one_token import CLOSES, LIVE, OPENS, RESTARTS
 from pallas_kernels._triton_call import call, tile
 
 
@@ -48,7 +48,7 @@ def step(plan, flags, gates, q, k, v, alpha, memories, anchors, init):
 
   Args:
     plan: the static choices.
-    flags, gates, q, k, v, alpha, memories, anchors, init: as `_support.one_token` has them.
+    flags, gates, q, k, v, alpha, memories, anchors, init: as `_one_token.step` has them.
   """
   b, h, d = q.shape
   width, m = v.shape[-1], alpha.shape[-1]

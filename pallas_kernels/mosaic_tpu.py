@@ -12,7 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _support, _tpu_backward, _tpu_forward, _tpu_layout, _tpu_step
+from pallas_kernels import (
+  _one_token,
+  _support,
+  _tpu_backward,
+  _tpu_forward,
+  _tpu_layout,
+  _tpu_step,
+)
 from pallas_kernels import _tpu_plan as plans
 
 
@@ -101,4 +108,4 @@ def backward(spec, inputs, start, init, rows, saved, cts):
 
 def step(spec, memory, state, token):
   """Returns (state after one token, o [B H V] in fp32), as `trellis_jax/ops/reference.py` says."""
-  return _support.one_token(functools.partial(_tpu_step.call, spec), spec, memory, state, token)
+  return _one_token.step(functools.partial(_tpu_step.call, spec), spec, memory, state, token)

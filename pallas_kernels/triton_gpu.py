@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _support
+from pallas_kernels import _one_token, _support
 from pallas_kernels import _triton_call as launch
 from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_evolve as evolve
@@ -148,7 +148,7 @@ def backward(spec, inputs, start, init, rows, saved, cts):
 def step(spec, memory, state, token):
   """Returns (state after one token, o [B H V] in fp32), as `trellis_jax/ops/reference.py` says."""
   launch = functools.partial(one_token.step, Plan.of(spec, jnp.float32, runs=False))
-  return _support.one_token(launch, spec, memory, state, token)
+  return _one_token.step(launch, spec, memory, state, token)
 
 
 def _gates_bar(plan, log_beta, run, parts, before):
