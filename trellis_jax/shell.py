@@ -29,6 +29,7 @@ class Config:
     value_dim: V, value width of a head; 0 is value_expand * width / num_heads.
     key_expand, value_expand: widths of all keys, all values, in widths of the model.
     conv_taps: K of the short convolutions; 1 is none.
+    conv_decay: each tap's start over that of the token after it; 0 starts with the present alone.
     gate: activation of the output gate: gelu, silu, sigmoid or none.
     post_norm: RMSNorm before the output map: "rms" over all heads, "head_rms" over each, "none".
     gate_first: whether the gate comes before the norm.
@@ -39,6 +40,7 @@ class Config:
   key_expand: float = 1.0
   value_expand: float = 1.0
   conv_taps: int = 1
+  conv_decay: float = 0.5
   gate: str = "none"
   post_norm: str = "head_rms"
   gate_first: bool = False
@@ -56,7 +58,7 @@ class Config:
           f"{role}={getattr(self, role)!r} is unknown; accepted are {', '.join(accepted)}"
         )
     self.at_least(1, "conv_taps")
-    self.at_least(0, "head_dim", "value_dim")
+    self.at_least(0, "head_dim", "value_dim", "conv_decay")
 
   def at_least(self, least: int, *fields: str) -> None:
     """Raises ValueError for the first of the fields that is below `least`."""
@@ -223,7 +225,8 @@ class Mixer(nnx.Module):
       return None
     self._map_weights += taps * width
     self._conv_widths += (width,)
-    return nn.ShortConv(width, taps, activation=activation, **self._kw)
+    decay = self.config.conv_decay
+    return nn.ShortConv(width, taps, activation=activation, decay=decay, **self._kw)
 
   def heads(self, x: Float[Array, "B T W"]) -> Float[Array, "B T H D"]:
     """Splits the last axis into heads."""

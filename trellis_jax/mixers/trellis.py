@@ -62,6 +62,7 @@ class Config:
     target: "phi" puts alpha = phi(W_a x) in phi's range, "linear" is W_a x, "layer_norm" LN(W_a x).
     share_qk: one linear map for q and k (Fig. 1), or one each.
     conv_taps: K of the short convolutions on q and k; 1 is none.
+    conv_decay: each tap's start over that of the token after it; 0 starts with the present alone.
     conv_activation, v_activation: after the convolutions, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     forget: whether there is a forget gate; forget_init: its value on the built model.
@@ -84,6 +85,7 @@ class Config:
   target: str = "phi"
   share_qk: bool = True
   conv_taps: int = 4
+  conv_decay: float = 0.5
   conv_activation: str = "silu"
   v_activation: str = "none"
   qk_norm: str = "l2"
@@ -110,6 +112,8 @@ class Config:
     for role in ("num_slots", "chunk_size", "conv_taps"):
       if getattr(self, role) < 1:
         raise ValueError(f"{role}={getattr(self, role)} is not accepted; it must be >= 1")
+    if self.conv_decay < 0:
+      raise ValueError(f"conv_decay={self.conv_decay} is not accepted; it must be >= 0")
     if not 0 < self.forget_init < 1:
       raise ValueError(f"forget_init={self.forget_init} is not accepted; it lies in (0, 1)")
     if not 0 <= self.outer_gradient <= 1:
@@ -194,7 +198,8 @@ class Mixer(nnx.Module):
     project = lambda n: nn.linear(width, num_heads * n, **maps)
     self.qk = project(d if c.share_qk else 2 * d)
     if c.conv_taps > 1:
-      conv = lambda: nn.ShortConv(num_heads * d, c.conv_taps, activation=c.conv_activation, **kw)
+      shape = dict(activation=c.conv_activation, decay=c.conv_decay)
+      conv = lambda: nn.ShortConv(num_heads * d, c.conv_taps, **shape, **kw)
       self.conv_q, self.conv_k = conv(), conv()
     self.v, self.alpha = project(v), project(c.num_slots)
     gates = c.forget + (c.step_form != "constant")

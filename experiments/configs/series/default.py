@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
   for name in mixers.names():  # each mixer's knobs, documented in trellis_jax/mixers/NAME.py
     cfg.model[name] = base.model[name]
   cfg.model.trellis.num_slots = 16
+  cfg.model.trellis.conv_decay = 0.0  # neighbouring channels have no order
   cfg.model.trellis.chunk_size = 7  # channels of the ETT files, a third of those of weather
 
   cfg.optim = base.optim  # the fields of experiments/configs/default.py, without its z_loss

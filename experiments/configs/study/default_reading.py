@@ -3,8 +3,10 @@
     python -m experiments.study default_reading
 
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
-M = D = 32, 2 layers, width 64, 3,000 steps of 32 examples. C = 16 takes all inner gradients of a
-chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1.
+M = D = 32, 2 layers, width 64, 1,500 steps of 32 examples. C = 16 takes all inner gradients of a
+chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1. Gated
+DeltaNet has the same shell, keys of 32 and values of 64. The last row's short convolutions start at
+the present token alone, as those of the others do not.
 """
 
 from experiments.configs import mqar
@@ -12,14 +14,22 @@ from experiments.configs import mqar
 SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = ()
 COLUMNS = ("rate",)
-RATES, CHUNKS = (1.5e-3, 3e-3, 6e-3), (16, 1)
+RATES = (1.5e-3, 3e-3, 6e-3)
+GATED = dict(head_dim=32, value_dim=64, conv_taps=4)
+MODELS = {
+  "trellis C=16": ("trellis", dict(chunk_size=16)),
+  "trellis C=1": ("trellis", dict(chunk_size=1)),
+  "gated_delta_net": ("gated_delta_net", GATED),
+  "trellis C=16 conv_decay=0": ("trellis", dict(chunk_size=16, conv_decay=0.0)),
+}
 
 
 def cells():
   """Yields (labels, config) of every setting."""
-  for chunk in CHUNKS:
+  for name, (mixer, knobs) in MODELS.items():
     for rate in RATES:
       cfg = mqar.get_config()
-      cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 3000, 300, rate
-      cfg.model.trellis.chunk_size = chunk
-      yield dict(C=chunk, rate=rate), cfg
+      cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 1500, 150, rate
+      cfg.model.mixer = mixer
+      cfg.model[mixer].update(knobs)
+      yield dict(model=name, rate=rate), cfg
