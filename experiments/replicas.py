@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import config, data, optim
+from experiments import config, data, optim, traces
 from experiments import step as step_lib
 from experiments.errors import UserError
 from trellis_jax import LM
@@ -33,6 +33,7 @@ class Replica:
     seed, peak_lr: what tells it from the others.
     steps: logged steps; train_loss, train_accuracy, grad_norm: at those steps.
     eval_steps: evaluated steps; eval_loss, eval_accuracy: on held-out rows, at those steps.
+    traces: of `traces.measure` on the first batch of those, at those steps: values by layer.
     lost: the first logged step whose loss or gradient was not finite; None for none.
   """
 
@@ -45,6 +46,7 @@ class Replica:
   eval_steps: list[int] = dataclasses.field(default_factory=list)
   eval_loss: list[float] = dataclasses.field(default_factory=list)
   eval_accuracy: list[float] = dataclasses.field(default_factory=list)
+  traces: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
   lost: int | None = None
 
   @property
@@ -55,10 +57,7 @@ class Replica:
   def line(self) -> dict[str, Any]:
     """Returns it as a record of a study, its numbers rounded to what is worth keeping."""
     keep = lambda x: float(f"{x:.4g}") if isinstance(x, float) and math.isfinite(x) else x
-    fields = {
-      k: [keep(x) for x in v] if isinstance(v, list) else v
-      for k, v in dataclasses.asdict(self).items()
-    }
+    fields = jax.tree.map(keep, dataclasses.asdict(self), is_leaf=lambda x: x is None)
     last = lambda name: fields[name][-1] if fields[name] else None
     return fields | {
       "onset": self.onset,
@@ -115,6 +114,7 @@ def train(
       _note(n, replicas, jax.device_get(values))
     if due(n, cfg.eval.every):
       _evaluate(n, replicas, [program.evaluate(state.params, batch) for batch in held_out])
+      _trace(replicas, jax.device_get(program.trace(state.params, held_out[0])))
     if due(n, cfg.log.every):
       on_log(n, flat)
   return flat
@@ -123,8 +123,8 @@ def train(
 class _Program:
   """The jitted functions of a study's cell, over [seeds, rates]."""
 
-  def __init__(self, init, update, evaluate):
-    self.init, self.update, self.evaluate = init, update, evaluate
+  def __init__(self, init, update, evaluate, trace):
+    self.init, self.update, self.evaluate, self.trace = init, update, evaluate, trace
 
   @classmethod
   def of(cls, cfg, dataset, peak_lrs) -> "_Program":
@@ -157,11 +157,16 @@ class _Program:
       sums = sums_fn(params, batch)
       return jnp.stack([sums.nll, sums.correct, sums.count])
 
+    def trace(params, batch):
+      return traces.measure(nnx.merge(graphdef, params), batch, cfg.data)
+
+    of_all = lambda f: jax.jit(jax.vmap(jax.vmap(f, in_axes=(0, None)), in_axes=(0, None)))
     per_rate = jax.vmap(lambda s, r, b: update(s, r, b), in_axes=(0, 0, None))
     return cls(
       init=jax.jit(jax.vmap(init)),
       update=jax.jit(jax.vmap(lambda s, b: per_rate(s, rates, b)), donate_argnums=0),
-      evaluate=jax.jit(jax.vmap(jax.vmap(evaluate, in_axes=(0, None)), in_axes=(0, None))),
+      evaluate=of_all(evaluate),
+      trace=of_all(trace),
     )
 
 
@@ -188,3 +193,9 @@ def _evaluate(n: int, replicas, parts) -> None:
     replica.eval_steps.append(n)
     replica.eval_loss.append(float(nll[at] / count[at]))
     replica.eval_accuracy.append(float(correct[at] / count[at]))
+
+
+def _trace(replicas, values) -> None:
+  for at, replica in _each(replicas):
+    for name, value in values.items():
+      replica.traces.setdefault(name, []).append([float(x) for x in value[at]])

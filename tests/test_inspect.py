@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from trellis_jax import LM, LMConfig, inspect
+from trellis_jax.ops import activations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -40,6 +41,22 @@ def test_a_first_write_lowers_its_own_loss(lm):
   for name in "kv":
     before, after = trace[f"loss_before_{name}"][:, 0], trace[f"loss_after_{name}"][:, 0]
     assert np.all(np.asarray(after) < np.asarray(before))
+
+
+def test_writes_are_what_a_token_adds(lm):
+  """The first token of a document, also of a second one, writes g u w^T onto zeros."""
+  tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 19)
+  ids = jnp.asarray([[1] * 8, [1] * 5 + [2] * 3], jnp.int32)
+  trace = inspect.trace_lm(lm, tokens, segment_ids=ids, every=1)[1]
+  for name, w in (("k", trace["key"]), ("v", trace["value"])):
+    u = activations.inner_gradient("ln_silu", 0 * trace["target"], trace["target"], 1.0)
+    expected = trace["step_size"] * jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(w, axis=-1)
+    for row, t in ((0, 0), (1, 5)):
+      np.testing.assert_allclose(trace[f"write_{name}"][row, t], expected[row, t], rtol=1e-5)
+      np.testing.assert_allclose(trace[f"norm_{name}"][row, t], expected[row, t], rtol=1e-5)
+      loss = 0.5 * np.sum(np.square(trace["target"][row, t]), axis=-1)
+      np.testing.assert_allclose(trace[f"loss_before_{name}"][row, t], loss, rtol=1e-5)
+    assert trace[f"norm_{name}"].shape == (2, 8, 2)
 
 
 def test_effective_rank_of_known_matrices():

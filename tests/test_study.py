@@ -49,6 +49,8 @@ def test_a_replica_trains_as_the_trainer_does(tmp_path):
   assert replica.eval_steps == [3, 6]
   np.testing.assert_allclose(replica.eval_loss[-1], records[6]["eval/loss"], rtol=2e-4)
   np.testing.assert_allclose(replica.eval_accuracy[-1], records[6]["eval/accuracy"], atol=0.01)
+  assert np.asarray(replica.traces["write_k"]).shape == (2, 2)  # evaluations, layers
+  assert all(np.isfinite(values).all() for values in replica.traces.values())
   assert done[2].train_loss != replica.train_loss and done[1].train_loss != replica.train_loss
 
 

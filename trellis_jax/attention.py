@@ -159,8 +159,9 @@ class TrellisAttention(nnx.Module):
       deterministic: whether to leave out the dropout; goes before the constructor's.
       rngs: of the dropout; goes before the constructor's.
       sow_weights: whether to sow as `nnx.Intermediate`, in the place of attention weights, what
-        `inspect.trace_mixer` returns: per token the gates and the inner losses before and after
-        its write, [*batch, T, H], and the memories' norms and ranks at the end, [*batch, H].
+        `inspect.trace_mixer` returns: per token the gates, the inner losses before and after its
+        write and the write's norm, [*batch, T, H], and the memories' norms and ranks at the end,
+        [*batch, H].
       decode: whether to go on from the cache and write it; goes before the constructor's.
       is_causal: True.
       segment_ids: documents of packed rows; nothing crosses a change of id, 0 is padding.
@@ -274,10 +275,9 @@ class TrellisAttention(nnx.Module):
     length = shape[-1]
     trace = inspect.trace_mixer(self.mixer, x, state=state, segment_ids=ids, every=length)
     for name, value in trace.items():
-      if name.startswith(("norm_", "rank_")):
-        self.sow(nnx.Intermediate, name, value.reshape(*shape[:-1], self.num_heads))
-      elif not name.startswith("memory_"):
-        self.sow(nnx.Intermediate, name, value.reshape(*shape, self.num_heads))
+      if value.ndim == 3:  # no vectors, no memories
+        lead = shape[:-1] if name.startswith(("norm_", "rank_")) else shape
+        self.sow(nnx.Intermediate, name, value.reshape(*lead, self.num_heads))
 
 
 def _is_variable(x):

@@ -6,7 +6,8 @@ with S_v, and S- and S+ the memory before and after the token's write:
 
   loss_before = |phi(S- w) - a|^2 / 2,    loss_after = |phi(S+ w) - a|^2 / 2    (paper, eq. 4)
 
-The effective rank of a memory is exp(-sum p log p), p its singular values divided by their sum.
+The write is what the token adds, S+ - b S-, which is -g u w^T with u at the start of the chunk. The
+effective rank of a matrix is exp(-sum p log p), p its singular values divided by their sum.
 """
 
 import functools
@@ -70,10 +71,11 @@ def trace_mixer(
 ) -> Trace:
   """Returns what the mixer does on rows x, fresh or going on from a state.
 
-  Per token [B, T, H]: forget_gate, step_size, target_norm, loss_before_k, loss_after_k,
-  loss_before_v, loss_after_v. Per snapshot [B, T / every, H]: norm_k, norm_v, rank_k, rank_v.
-  The snapshots themselves: memory_k [B, T / every, H, M, D], memory_v [.., M, V]. Padding does not
-  exist: its tokens' values are 0, and snapshots count live tokens.
+  Per token [B, T, H]: forget_gate, step_size, target_norm, loss_before_k, loss_after_k, write_k
+  (the write's l2 norm), and the latter three of v. What the op is given, [B, T, H, W]: query, key,
+  value, target. Per snapshot [B, T / every, H]: norm_k, norm_v, rank_k, rank_v. The snapshots
+  themselves: memory_k [B, T / every, H, M, D], memory_v [.., M, V]. Padding does not exist: its
+  tokens' values are 0, and snapshots count live tokens.
 
   Raises:
     ValueError: `every` does not divide T.
@@ -95,26 +97,32 @@ def trace_mixer(
   wide = jax.tree.map(lambda y: y.astype(start.memory_k.dtype), arrays)
 
   def token(state, xs):
-    before = _losses(spec, state, xs)
+    before = _entered(memory, state, xs[-1])
     state, _ = reference.step(spec, memory, state, xs)
-    return state, before + _losses(spec, state, xs)
+    after = (state.memory_k, state.memory_v)
+    return state, (
+      *_losses(spec, before, xs),
+      *_losses(spec, after, xs),
+      *_writes(before, after, xs),
+    )
 
   def stretch(state, xs):
-    state, losses = jax.lax.scan(token, state, xs)
-    return state, (losses, state.memory_k, state.memory_v)
+    state, tokens = jax.lax.scan(token, state, xs)
+    return state, (tokens, state.memory_k, state.memory_v)
 
   time_major = tuple(
     jnp.moveaxis(y, 1, 0).reshape(-1, every, y.shape[0], *y.shape[2:]) for y in (*wide, ids)
   )
-  _, (losses, memory_k, memory_v) = jax.lax.scan(stretch, start, time_major)
-  names = ("loss_before_k", "loss_before_v", "loss_after_k", "loss_after_v")
+  _, (values, memory_k, memory_v) = jax.lax.scan(stretch, start, time_major)
+  names = [f"{what}_{s}" for what in ("loss_before", "loss_after", "write") for s in "kv"]
   rows_first = lambda y: jnp.moveaxis(y.reshape(-1, *y.shape[2:]), 0, 1)
-  trace = {name: rows_first(loss) for name, loss in zip(names, losses)}
-  _, _, _, alpha, log_beta, gamma = wide
+  trace = {name: rows_first(value) for name, value in zip(names, values)}
+  q, k, v, alpha, log_beta, gamma = wide
   trace |= {
     "forget_gate": jnp.exp(log_beta),
     "step_size": gamma,
     "target_norm": jnp.linalg.norm(alpha, axis=-1),
+    **dict(query=q, key=k, value=v, target=alpha),
   }
   if segment_ids is not None:
     trace = jax.tree.map(grid.collect, trace)
@@ -133,8 +141,15 @@ def effective_rank(s: Float[Array, "... M W"]) -> Float[Array, "..."]:
   return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1))
 
 
-def _losses(spec, state, xs):
-  """Returns the compression losses (key, value) [B, H] of a token at the running memories."""
+def _entered(memory, state, segment):
+  """Returns the memories (S_k, S_v) that a token's write starts from, at a restart the initial."""
+  restart = (segment != 0) & (state.segment != 0) & (segment != state.segment)
+  enter = lambda first, running: jnp.where(restart[:, None, None, None], first[None], running)
+  return enter(memory[0], state.memory_k), enter(memory[1], state.memory_v)
+
+
+def _losses(spec, memories, xs):
+  """Returns the compression losses (key, value) [B, H] of a token at the memories (S_k, S_v)."""
   _, k, v, alpha, *_ = xs
 
   def loss(s, w):
@@ -142,4 +157,11 @@ def _losses(spec, state, xs):
     error = activations.apply(spec.phi, z, spec.phi_eps) - alpha
     return 0.5 * jnp.sum(error * error, axis=-1)
 
-  return loss(state.memory_k, k), loss(state.memory_v, v)
+  return loss(memories[0], k), loss(memories[1], v)
+
+
+def _writes(before, after, xs):
+  """Returns the norms [B, H] of what a token added to S_k and S_v."""
+  *_, log_beta, _, _ = xs
+  kept = jnp.exp(log_beta)[..., None, None]
+  return tuple(jnp.linalg.norm(y - kept * x, axis=(-2, -1)) for x, y in zip(before, after))

@@ -5,8 +5,7 @@
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
 M = D = 32, 2 layers, width 64, 1,500 steps of 32 examples. C = 16 takes all inner gradients of a
 chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1. Gated
-DeltaNet has the same shell, keys of 32 and values of 64. The last row's short convolutions start at
-the present token alone, as those of the others do not.
+DeltaNet has the same shell, keys of 32 and values of 64.
 """
 
 from experiments.configs import mqar
@@ -20,7 +19,6 @@ MODELS = {
   "trellis C=16": ("trellis", dict(chunk_size=16)),
   "trellis C=1": ("trellis", dict(chunk_size=1)),
   "gated_delta_net": ("gated_delta_net", GATED),
-  "trellis C=16 conv_decay=0": ("trellis", dict(chunk_size=16, conv_decay=0.0)),
 }
 
 

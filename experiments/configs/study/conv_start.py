@@ -1,0 +1,24 @@
+"""Where the short convolutions start: at the present token alone, or at 2^-j, j tokens before it.
+
+    python -m experiments.study conv_start
+
+MQAR as in experiments/configs/mqar.py, the default reading at C = 16, 1,500 steps of 32 examples
+at a learning rate of 1.5e-3. The lines hold what the memories do, see experiments/traces.py.
+"""
+
+from experiments.configs import mqar
+
+SEEDS = (0, 1, 2, 3, 4)
+LEARNING_RATES = ()
+COLUMNS = ("conv_decay",)
+STARTS = (0.0, 0.5)
+
+
+def cells():
+  """Yields (labels, config) of every setting."""
+  for decay in STARTS:
+    cfg = mqar.get_config()
+    cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 1500, 150, 1.5e-3
+    cfg.model.trellis.conv_decay = decay
+    cfg.eval.every, cfg.eval.batches = 50, 8
+    yield dict(model="trellis C=16", conv_decay=decay), cfg
