@@ -7,6 +7,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_cases
 import pytest
 from flax import nnx
 
@@ -110,8 +111,10 @@ def test_bfloat16_follows_float32():
   y, state = run(narrow, X, return_state=True)
   assert y.dtype == jnp.bfloat16
   assert state.memory.memory_k.dtype == jnp.float32
-  want = run(layer, X)
-  assert float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want)) < 0.05
+  # A token whose read nearly cancels can hold all of the error, hence the median over inputs.
+  inputs = jax.random.normal(jax.random.key(7), (5, *X.shape))
+  error = lambda x: op_cases.distance(run(narrow, x), run(layer, x))
+  assert np.median([error(x) for x in inputs]) < 0.05
 
 
 # Causality and gradients.
@@ -348,7 +351,7 @@ def test_what_is_sown():
   close(y[0], want)
   with jax.disable_jit():  # Operation by operation nothing depends on what a compiler fuses.
     np.testing.assert_array_equal(sown(layer, TOKEN)[0], run(layer, TOKEN))
-  per_token = {"forget_gate", "step_size", "target_norm"}
+  per_token = {"forget_gate", "step_size", "target_norm", "write_k", "write_v"}
   per_token |= {f"loss_{when}_{which}" for when in ("before", "after") for which in "kv"}
   at_end = {f"{what}_{which}" for what in ("norm", "rank") for which in "kv"}
   assert set(trace) == per_token | at_end

@@ -145,6 +145,33 @@ def test_scored_tables_show_every_task(tmp_path):
   assert "79.78" in text.split("Scale paper")[0]  # the mean of the paper's nine
 
 
+def test_a_study_with_traces_shows_how_its_models_learn(tmp_path):
+  names = run.study.get("conv_start").TRACES
+  lines = [
+    {
+      "labels": {"model": "trellis C=16", "conv_decay": decay},
+      "seed": seed,
+      "peak_lr": 1.5e-3,
+      "accuracy": 0.5,
+      "onset": 10,
+      "floats_of_state": 7,
+      "revision": "abc",
+      "eval_steps": [50, 100],
+      "eval_accuracy": [0.1, decay],
+      "traces": {name: [[9, seed], [9, decay]] for name in names},  # by layer, of which the last
+    }
+    for decay in (0.0, 0.5)
+    for seed in (0, 1)
+  ]
+  save(tmp_path / "study" / "conv_start.jsonl", lines)
+  built = tables.build("mqar", tmp_path)
+  axes = built.figures["conv_start"].axes
+  assert len(axes) == 1 + len(names)
+  shown = lambda ax: [list(line.get_ydata()) for line in ax.lines]
+  assert shown(axes[0]) == [[0.1, 0.0], [0.1, 0.0], [0.1, 0.5], [0.1, 0.5]]
+  assert shown(axes[2]) == [[0, 0.0], [1, 0.0], [0, 0.5], [1, 0.5]]
+
+
 def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   lines = [
     {

@@ -6,7 +6,7 @@ import statistics
 from matplotlib.figure import Figure
 
 from experiments import study
-from experiments.tables import figures, page
+from experiments.tables import figures, learning, page
 from experiments.tables import lines as lines_lib
 
 FIELDS = ("labels", "seed", "peak_lr", "accuracy", "onset", "floats_of_state", "revision")
@@ -25,6 +25,8 @@ def build(results: pathlib.Path) -> page.Page:
     names.append(f"{name}: {len(have)} of {len(cells)} settings")
     if have and "pairs" in cells[0]:
       shown[name] = curves(heading, lines, have)
+    if have and hasattr(module, "TRACES"):
+      shown[name] = learning.curves(heading, lines, have, module.TRACES)
   status = "; ".join(names) or page.NOT_RUN
   return page.Page("mqar", "\n\n".join(parts) + "\n", shown, status)
 
