@@ -7,7 +7,7 @@ A study is a file of experiments/configs/study with `SEEDS`, `LEARNING_RATES`, `
 `cells()`, which yields (labels, config). Every replica adds a line to
 benchmarks/results/study/NAME.jsonl and is not run again unless its config changes; NAME.md holds
 the table. Of a setting's learning rates the table shows the one with the best mean over seeds.
-Where `LEARNING_RATES` is empty a setting has the one of its config, and is shown as it is. `TRACES`,
+Where `LEARNING_RATES` is empty a setting has the one of its config, shown as it is. `TRACES`,
 where a study has it, names what its figure shows beside the accuracy (experiments/traces.py).
 """
 

@@ -6,7 +6,8 @@
 The argument is a reading of the paper: none is the library's default, "linear" the one with linear
 phi, layer-normed targets and the exact recurrence (chunk_size 1). A run takes about five minutes on
 one core. `eval/accuracy` is the share of held-out queries that are answered right; guessing among
-an example's six values gives 1/6. benchmarks/recall.py has the results over seeds.
+an example's six values gives 1/6. configs/study/default_reading.py has readings over seeds and
+learning rates.
 """
 
 import ml_collections

@@ -1,11 +1,12 @@
-"""Recall of the default reading, at three learning rates a factor of two apart and on five seeds.
+"""Recall of readings of the paper, at three learning rates a factor of two apart, on five seeds.
 
     python -m experiments.study default_reading
 
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
 M = D = 32, 2 layers, width 64, 1,500 steps of 32 examples. C = 16 takes all inner gradients of a
-chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1. Gated
-DeltaNet has the same shell, keys of 32 and values of 64.
+chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1.
+"linear" has linear phi and layer-normed targets. Gated DeltaNet has the same shell, keys of 32 and
+values of 64.
 """
 
 from experiments.configs import mqar
@@ -14,11 +15,11 @@ SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = ()
 COLUMNS = ("rate",)
 RATES = (1.5e-3, 3e-3, 6e-3)
-GATED = dict(head_dim=32, value_dim=64, conv_taps=4)
 MODELS = {
   "trellis C=16": ("trellis", dict(chunk_size=16)),
   "trellis C=1": ("trellis", dict(chunk_size=1)),
-  "gated_delta_net": ("gated_delta_net", GATED),
+  "gated_delta_net": ("gated_delta_net", dict(head_dim=32, value_dim=64, conv_taps=4)),
+  "trellis linear C=1": ("trellis", mqar.READINGS["linear"]),
 }
 
 
