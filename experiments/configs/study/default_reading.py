@@ -3,7 +3,7 @@
     python -m experiments.study default_reading
 
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
-M = D = 32, 2 layers, width 64, 1,500 steps of 32 examples. C = 16 takes all inner gradients of a
+M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. C = 16 takes all inner gradients of a
 chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1.
 "linear" has linear phi and layer-normed targets. Gated DeltaNet has the same shell, keys of 32 and
 values of 64.
@@ -28,7 +28,8 @@ def cells():
   for name, (mixer, knobs) in MODELS.items():
     for rate in RATES:
       cfg = mqar.get_config()
-      cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 1500, 150, rate
+      cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 1000, 100, rate
+      cfg.eval.every = 250
       cfg.model.mixer = mixer
       cfg.model[mixer].update(knobs)
       yield dict(model=name, rate=rate), cfg
