@@ -1,0 +1,25 @@
+"""The gradient through the inner gradient: whole, tempered by a half, or none (first order).
+
+    python -m experiments.study outer_gradient
+
+MQAR as in experiments/configs/mqar.py, the default reading at C = 16, ten seeds, 700 steps of 32
+examples at a learning rate of 3e-3. `rho` scales what the inner gradient's own derivative by the
+memory sends back; the path through the targets is whole for every rho.
+"""
+
+from experiments.configs import mqar
+
+SEEDS = tuple(range(10))
+LEARNING_RATES = ()
+COLUMNS = ("rho",)
+RHOS = (1.0, 0.5, 0.0)
+
+
+def cells():
+  """Yields (labels, config) of every setting."""
+  for rho in RHOS:
+    cfg = mqar.get_config()
+    cfg.steps, cfg.optim.warmup_steps = 700, 70
+    cfg.model.trellis.outer_gradient = rho
+    cfg.eval.every, cfg.eval.batches = 100, 16
+    yield dict(model="trellis C=16", rho=rho), cfg
