@@ -10,7 +10,7 @@ import sys
 
 from absl import logging
 
-from experiments import config, train
+from experiments import allocator, config, train
 from experiments.errors import UserError
 from experiments.metrics import NotFiniteError
 
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     print(__doc__, "Fields of the default config:", config.parse(argv[:1]), sep="\n")
     return 0
   logging.set_verbosity(logging.WARNING)
+  allocator.keep_freed_memory()
   try:
     job = train.prepare(config.parse(argv))
   except (ValueError, FileNotFoundError) as e:

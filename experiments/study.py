@@ -27,7 +27,7 @@ import rich.progress
 import tabulate
 from flax import nnx
 
-from experiments import config, metrics, provenance, replicas, tasks
+from experiments import allocator, config, metrics, provenance, replicas, tasks
 from experiments.errors import UserError
 from trellis_jax import LM
 
@@ -196,6 +196,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the lines")
   args = parser.parse_args(argv[1:])
   console = rich.console.Console(highlight=False, emoji=False, markup=False)
+  allocator.keep_freed_memory()
   try:
     study = get(args.study)
     if bad := [x for x in args.only if "=" not in x]:

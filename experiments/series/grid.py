@@ -20,7 +20,7 @@ from typing import Any
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import metrics
+from experiments import allocator, metrics
 from experiments.errors import UserError
 from experiments.series import main as single
 from experiments.series import settings, table
@@ -131,6 +131,7 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
 def main(argv: list[str]) -> int:
   """Runs the command line `argv`; 2 for a mistake in what was asked, one sentence on stderr."""
   console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  allocator.keep_freed_memory()
   try:
     base, args = _parse(argv)
     run(base, args, console)

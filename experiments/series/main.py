@@ -19,7 +19,7 @@ import jax
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import config, metrics, provenance
+from experiments import allocator, config, metrics, provenance
 from experiments.series import data, linear, settings, train
 
 CODE = ("trellis_jax", "pallas_kernels", "experiments")
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> int:
     print(__doc__, "Fields of the default config:", settings.parse(argv[:1]), sep="\n")
     return 0
   console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  allocator.keep_freed_memory()
   command = shlex.join(["python", "-m", "experiments.series.main", *argv[1:]])
   try:
     cfg = settings.parse(argv)

@@ -44,7 +44,7 @@ import jax
 import rich.console
 from flax import nnx
 
-from experiments import checkpoint, data, metrics, provenance, study, train
+from experiments import allocator, checkpoint, data, metrics, provenance, study, train
 from experiments.configs.paper import base, table1, table3
 from experiments.errors import UserError
 from experiments.evals import harness, harness_tasks, lengths, niah, runs
@@ -294,6 +294,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
   """Runs the command line `argv`; 2 for a mistake in what was asked, one sentence on stderr."""
   console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+  allocator.keep_freed_memory()
   try:
     args = _parse(argv)
     run(args.table, chosen(get(args.table), args), args, console)
