@@ -1,7 +1,7 @@
 """The C library's allocator, told to keep what is freed.
 
 XLA takes the buffers of every step on CPU from it and gives them back. glibc hands the larger ones
-back to the kernel, which has to zero their pages anew: a third of the step of a small model.
+back to the kernel, which has to zero their pages anew: much of the step of a small model.
 """
 
 import ctypes
