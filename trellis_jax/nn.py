@@ -30,17 +30,21 @@ def linear(inputs: int, outputs: int, *, init_std: float | None = None, **kw) ->
 class ShortConv(nnx.Module):
   """Depthwise causal convolution over the last K inputs of the same segment (paper, Fig. 1).
 
-  y_t = act(sum_{j < K} w_j x_{t-j}), w_j starting at decay^j.
-
-  With the present token alone (decay 0) at the start a key knows nothing of the token before it,
-  and recall, which binds a value to that token, waits for a tap to grow from zero.
+  y_t = act(sum_{j < K} w_j x_{t-j}), w_j starting at decay^j, decay one number or one per feature.
   """
 
   def __init__(
-    self, width: int, taps: int, *, activation: str = "silu", decay: float = 0.5, dtype, param_dtype
+    self,
+    width: int,
+    taps: int,
+    *,
+    activation: str = "silu",
+    decay: float | Float[Array, " W"] = 0.0,
+    dtype,
+    param_dtype,
   ):
-    start = jnp.power(decay, jnp.arange(taps, dtype=param_dtype))
-    self.kernel = nnx.Param(jnp.tile(start[:, None], (1, width)))
+    decays = jnp.broadcast_to(jnp.asarray(decay, param_dtype), (width,))
+    self.kernel = nnx.Param(decays[None] ** jnp.arange(taps)[:, None])
     self.activation = activation
     self.dtype = dtype
 

@@ -29,7 +29,8 @@ class Config:
     value_dim: V, value width of a head; 0 is value_expand * width / num_heads.
     key_expand, value_expand: widths of all keys, all values, in widths of the model.
     conv_taps: K of the short convolutions; 1 is none.
-    conv_decay: each tap's start over that of the token after it; 0 starts with the present alone.
+    conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
+      key starts without the token before it, and recall, which binds a value to that, waits.
     gate: activation of the output gate: gelu, silu, sigmoid or none.
     post_norm: RMSNorm before the output map: "rms" over all heads, "head_rms" over each, "none".
     gate_first: whether the gate comes before the norm.
@@ -218,14 +219,17 @@ class Mixer(nnx.Module):
       self.width, outputs, **(dict(init_std=self._init_std, rngs=rngs) | self._kw | kw)
     )
 
-  def conv(self, width: int, activation: str = "silu") -> nn.ShortConv | None:
-    """Returns the next short convolution in the order that `mix` calls them; None for K = 1."""
+  def conv(self, width: int, activation: str = "silu", keys: int = 0) -> nn.ShortConv | None:
+    """Returns the next short convolution in the order that `mix` calls them; None for K = 1.
+
+    Its first `keys` features are those of keys, whose taps start at `conv_decay`.
+    """
     taps = self.config.conv_taps
     if taps == 1:
       return None
     self._map_weights += taps * width
     self._conv_widths += (width,)
-    decay = self.config.conv_decay
+    decay = jnp.where(jnp.arange(width) < keys, self.config.conv_decay, 0)
     return nn.ShortConv(width, taps, activation=activation, decay=decay, **self._kw)
 
   def heads(self, x: Float[Array, "B T W"]) -> Float[Array, "B T H D"]:

@@ -78,7 +78,8 @@ class Mixer(shell.Mixer):
     self.q, self.k = self.project(h * c.num_slots, rngs), self.project(h * c.num_slots, rngs)
     self.v = self.project(h * v, rngs)
     activation = "silu" if c.code == "l2" else "none"
-    self.conv_q, self.conv_k = (self.conv(h * c.num_slots, activation) for _ in range(2))
+    slots = h * c.num_slots
+    self.conv_q, self.conv_k = self.conv(slots, activation), self.conv(slots, activation, slots)
     # Narrow and near zero, so that the step starts at its bias.
     self.gates = self.project(h, rngs, init_std=0.2 * self.width**-0.5)
     start = fast_weights.logit(c.start_step / c.step_scale)

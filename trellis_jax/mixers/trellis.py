@@ -19,6 +19,7 @@ alike keys overshoot unless C g |w|^2 < 2: hence unit writes and steps that star
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -62,7 +63,8 @@ class Config:
     target: "phi" puts alpha = phi(W_a x) in phi's range, "linear" is W_a x, "layer_norm" LN(W_a x).
     share_qk: one linear map for q and k (Fig. 1), or one each.
     conv_taps: K of the short convolutions on q and k; 1 is none.
-    conv_decay: each tap's start over that of the token after it; 0 starts with the present alone.
+    conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
+      key starts without the token before it, and recall, which binds a value to that, waits.
     conv_activation, v_activation: after the convolutions, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     forget: whether there is a forget gate; forget_init: its value on the built model.
@@ -198,9 +200,9 @@ class Mixer(nnx.Module):
     project = lambda n: nn.linear(width, num_heads * n, **maps)
     self.qk = project(d if c.share_qk else 2 * d)
     if c.conv_taps > 1:
-      shape = dict(activation=c.conv_activation, decay=c.conv_decay)
-      conv = lambda: nn.ShortConv(num_heads * d, c.conv_taps, **shape, **kw)
-      self.conv_q, self.conv_k = conv(), conv()
+      conv = functools.partial(nn.ShortConv, activation=c.conv_activation, **kw)
+      self.conv_q = conv(num_heads * d, c.conv_taps)
+      self.conv_k = conv(num_heads * d, c.conv_taps, decay=c.conv_decay)
     self.v, self.alpha = project(v), project(c.num_slots)
     gates = c.forget + (c.step_form != "constant")
     if gates:

@@ -1,4 +1,4 @@
-"""Where the short convolutions start: at the present token alone, or at 2^-j, j tokens before it.
+"""Where the convolution of keys starts: at the present token alone, or at 2^-j, j tokens before it.
 
     python -m experiments.study conv_start
 

@@ -22,7 +22,7 @@ RATE, RATES = 5e-3, {"gla": (1e-2,)}  # of all, and more
 def knobs(mixer: str, size: int) -> dict:
   """The knobs of a mixer that make its memories `size` wide."""
   fields = mixers.get(mixer).Config.__dataclass_fields__
-  # Its lines were run with convolutions that start at the present token.
+  # The lines were run with convolutions that start at the present token.
   wide = {"value_dim": size, "num_slots": size, "conv_taps": 4, "conv_decay": 0.0}
   wide["state_dim" if "state_dim" in fields else "head_dim"] = size
   return {name: value for name, value in wide.items() if name in fields}
