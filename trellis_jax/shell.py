@@ -41,7 +41,7 @@ class Config:
   key_expand: float = 1.0
   value_expand: float = 1.0
   conv_taps: int = 1
-  conv_decay: float = 0.5
+  conv_decay: float = 0.0
   gate: str = "none"
   post_norm: str = "head_rms"
   gate_first: bool = False

@@ -6,7 +6,7 @@ MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, v
 M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. C = 16 takes all inner gradients of a
 chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1.
 "linear" has linear phi and layer-normed targets. Gated DeltaNet has the same shell, keys of 32 and
-values of 64.
+values of 64; its convolutions start at the present token by default, Trellis's of keys at 2^-j.
 """
 
 from experiments.configs import mqar
@@ -19,6 +19,10 @@ MODELS = {
   "trellis C=16": ("trellis", dict(chunk_size=16)),
   "trellis C=1": ("trellis", dict(chunk_size=1)),
   "gated_delta_net": ("gated_delta_net", dict(head_dim=32, value_dim=64, conv_taps=4)),
+  "gated_delta_net conv_decay=0.5": (
+    "gated_delta_net",
+    dict(head_dim=32, value_dim=64, conv_taps=4, conv_decay=0.5),
+  ),
   "trellis linear C=1": ("trellis", mqar.READINGS["linear"]),
 }
 
