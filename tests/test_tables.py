@@ -238,7 +238,17 @@ def test_latex_has_the_tables_of_the_markdown():
 
 
 def test_every_table_of_the_folder_is_written():
-  own = {"__init__", "__main__", "figures", "language", "lines", "page", "run", "scored"}
+  own = {
+    "__init__",
+    "__main__",
+    "figures",
+    "language",
+    "learning",
+    "lines",
+    "page",
+    "run",
+    "scored",
+  }
   files = {p.stem for p in pathlib.Path(language.__file__).parent.glob("*.py")}
   assert files - own == set(tables.TABLES)
   assert lines_lib.read(pathlib.Path("none.jsonl")) == []

@@ -49,6 +49,15 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.mqar_mix.power = 0.01  # see data.mqar
   cfg.data.mqar_mix.held_out_examples = 1_000  # of each setting, in either held-out split
   cfg.data.mqar_mix.seed = 0  # of all examples, whatever the run's seed
+  cfg.data.rebind = ml_collections.ConfigDict()  # overwriting and forgetting, see tasks/rebind.py
+  cfg.data.rebind.vocab_size = 64  # tokens: blank, then keys, from the half on values
+  cfg.data.rebind.pairs = 6  # keys per example, each asked for once
+  cfg.data.rebind.rebound = 3  # of them that are bound a second time; the last binding counts
+  cfg.data.rebind.gap = 20  # tokens between the last pair and the first query
+  cfg.data.rebind.noise = False  # uniform random tokens take the place of all blank ones
+  cfg.data.rebind.train_examples = 100_000  # rows, then they come again in another order
+  cfg.data.rebind.held_out_examples = 3_000  # rows of the validation and of the test split
+  cfg.data.rebind.seed = 0  # of all examples, whatever the run's seed
   cfg.data.niah = ml_collections.ConfigDict()  # needles in haystacks, see tasks/niah.py
   cfg.data.niah.kinds = "niah_single_1"  # names, separated by commas; samples take turns
   cfg.data.niah.haystack = ""  # a text for kinds 2 and 3: a folder, files, as data.path

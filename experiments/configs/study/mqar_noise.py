@@ -3,7 +3,7 @@
     python -m experiments.study mqar_noise
 
 MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
-of width 64, one head, 1,500 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
+of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
 Trellis n slots of keys and values n wide, for Gated DeltaNet keys n and values 2 n wide. All have
 short convolutions of 4 taps. What C > 1 keeps beside the memories, those at the start of the chunk,
 is not counted.
@@ -12,7 +12,7 @@ is not counted.
 from experiments.configs import mqar
 
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (3e-3, 6e-3)
 COLUMNS = ("pairs", "n")
 PAIRS, SIZES = (4, 8, 12), (8, 16, 32)
 
@@ -31,7 +31,7 @@ def cells():
     for n in SIZES:
       for name, mixer, knobs in models(n):
         cfg = mqar.get_config()
-        cfg.steps, cfg.optim.warmup_steps = 1500, 150
+        cfg.steps, cfg.optim.warmup_steps = 1000, 100
         cfg.data.mqar.update(pairs=pairs, blanks=16, noise=True)
         cfg.model.mixer = mixer
         cfg.model[mixer].update(knobs)
