@@ -33,6 +33,24 @@ def test_every_parameter_learns(name):
     assert np.all(np.isfinite(grad)) and np.any(np.asarray(grad) != 0), sharding.path_of(path)
 
 
+def test_convolutions_of_keys_start_at_powers_of_their_decay_and_all_others_at_the_present():
+  """Trellis's do so by default; the rivals' are published without, and take it as a knob."""
+  present, past = [1, 0, 0, 0], [1, 0.5, 0.25, 0.125]
+  convs = lambda mixer: {k: v for k, v in vars(mixer).items() if k.startswith("conv_") and v}
+  for name in ("trellis", *BASELINES):
+    if not hasattr(mixers.configure(name), "conv_taps"):
+      continue
+    for knobs in ({}, dict(conv_decay=0.0), dict(conv_decay=0.5)):
+      config = mixers.configure(name, dict(conv_taps=4) | knobs)
+      decay = knobs.get("conv_decay", 0.5 if name == "trellis" else 0)
+      mixer = mixers.get(name).Mixer(WIDTH, HEADS, config, rngs=nnx.Rngs(0))
+      for which, conv in convs(mixer).items():
+        kernel = np.asarray(conv.kernel[...])
+        keys = {"conv_k": kernel.shape[1], "conv_bc": kernel.shape[1] // 2}.get(which, 0)
+        assert all(column == (past if decay else present) for column in kernel[:, :keys].T.tolist())
+        assert all(column == present for column in kernel[:, keys:].T.tolist())
+
+
 def test_mamba2_steps_and_rates_start_as_published():
   layers = list(_layers("mamba2", state_dim=8))
   for mixer in layers:
