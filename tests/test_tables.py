@@ -158,7 +158,9 @@ def test_a_study_with_traces_shows_how_its_models_learn(tmp_path):
       "revision": "abc",
       "eval_steps": [50, 100],
       "eval_accuracy": [0.1, decay],
-      "traces": {name: [[9, seed], [9, decay]] for name in names},  # by layer, of which the last
+      "traces": {
+        name: [[9, seed], [-1, decay]] for name in names
+      },  # by layer: the second ends high
     }
     for decay in (0.0, 0.5)
     for seed in (0, 1)

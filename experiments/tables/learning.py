@@ -13,7 +13,9 @@ from experiments.tables import lines as lines_lib
 def curves(
   heading: str, lines: list[lines_lib.Line], cells: list[dict], names: Sequence[str]
 ) -> Figure:
-  """A line for each seed, a colour for each setting; of the last layer of Trellis.
+  """A line for each seed, a colour for each setting.
+
+  A trace is that of the layer in which it ends highest: seeds differ in which layer does the work.
 
   Args:
     heading: the title.
@@ -31,7 +33,8 @@ def curves(
         kw = dict(color=colour, linewidth=1.2, label=shown)
         axes[0].plot(line["eval_steps"], line["eval_accuracy"], **kw)
         for ax, name in zip(axes[1:], names):
-          ax.plot(line["eval_steps"], np.asarray(line["traces"][name])[:, -1], **kw)
+          by_layer = np.asarray(line["traces"][name])
+          ax.plot(line["eval_steps"], by_layer[:, by_layer[-1].argmax()], **kw)
     for ax, name in zip(axes, ("held-out accuracy", *names)):
       ax.set(title=name.replace("_", " "), xlabel="step")
     named = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
