@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from experiments.corpus import SPLITS
-from experiments.errors import UserError
+from experiments.errors import UserError, at_least
 
 BLANK = 0
 
@@ -51,12 +51,8 @@ class Config:
 
   def __post_init__(self):
     """Raises UserError for the first knob that does not fit."""
-    for name in ("pairs", "train_examples", "held_out_examples"):
-      if getattr(self, name) < 1:
-        raise UserError(f"data.mqar.{name}={getattr(self, name)}; accepted is at least 1")
-    for name in ("blanks", "seed"):
-      if getattr(self, name) < 0:
-        raise UserError(f"data.mqar.{name}={getattr(self, name)}; accepted is at least 0")
+    at_least(1, "data.mqar", self, "pairs", "train_examples", "held_out_examples")
+    at_least(0, "data.mqar", self, "blanks", "seed")
     if not 0 <= self.power <= 1:
       raise UserError(f"data.mqar.power={self.power}; accepted is from 0 to 1")
     if self.vocab_size < 2 * self.pairs + 2:

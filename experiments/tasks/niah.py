@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments import corpus, essays, needles, tokenise
-from experiments.errors import UserError
+from experiments.errors import UserError, at_least
 
 ANSWER_BYTES = 36  # of a uuid
 
@@ -141,11 +141,8 @@ class Config:
 
   def __post_init__(self):
     """Raises UserError for the first knob that does not fit."""
-    for name in ("min_length", "train_examples", "held_out_examples"):
-      if getattr(self, name) < 1:
-        raise UserError(f"data.niah.{name}={getattr(self, name)}; accepted is at least 1")
-    if self.seed < 0:
-      raise UserError(f"data.niah.seed={self.seed}; accepted is at least 0")
+    at_least(1, "data.niah", self, "min_length", "train_examples", "held_out_examples")
+    at_least(0, "data.niah", self, "seed")
 
   @functools.cached_property
   def loaded(self) -> tokenise.Tokenizer:

@@ -17,7 +17,7 @@ import dataclasses
 import numpy as np
 
 from experiments.corpus import SPLITS
-from experiments.errors import UserError
+from experiments.errors import UserError, at_least
 from experiments.tasks import mqar
 
 
@@ -47,12 +47,8 @@ class Config:
 
   def __post_init__(self):
     """Raises UserError for the first knob that does not fit."""
-    for name in ("pairs", "train_examples", "held_out_examples"):
-      if getattr(self, name) < 1:
-        raise UserError(f"data.rebind.{name}={getattr(self, name)}; accepted is at least 1")
-    for name in ("gap", "seed"):
-      if getattr(self, name) < 0:
-        raise UserError(f"data.rebind.{name}={getattr(self, name)}; accepted is at least 0")
+    at_least(1, "data.rebind", self, "pairs", "train_examples", "held_out_examples")
+    at_least(0, "data.rebind", self, "gap", "seed")
     if not 0 <= self.rebound <= self.pairs:
       raise UserError(
         f"data.rebind.rebound={self.rebound}; accepted is from 0 to data.rebind.pairs={self.pairs}"
