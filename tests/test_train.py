@@ -27,11 +27,12 @@ from experiments.errors import UserError
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 STEPS = 6
+# With seed 0 a read nearly cancels, whose gradient shows the order of sums in fp32 at 3e-4.
 FLAGS = f"""
   steps={STEPS} batch_size=4 seq_len=32 data.tokenizer=byte optim.warmup_steps=2
   model.width=16 model.num_layers=2 model.num_heads=2 model.mlp_width=32 model.trellis.num_slots=8
   model.trellis.chunk_size=8 checkpoint.every=2 eval.every=3 eval.batches=2 log.every=1
-  log.tensorboard=False
+  log.tensorboard=False seed=1
 """.split()
 
 # Runs the command with a trap: what is done, and where.
@@ -325,7 +326,7 @@ def test_a_finished_run_says_so_and_changes_nothing(home, whole, capsys):
   [
     ("model.width=32", "model.width = 16 (here 32)"),
     ("model.trellis.num_slots=4", "model.trellis.num_slots = 8 (here 4)"),
-    ("seed=1", "seed = 0 (here 1)"),
+    ("seed=2", "seed = 1 (here 2)"),
     ("data.path={home}/other", "corpus = "),
   ],
 )
