@@ -19,6 +19,10 @@ million tokens a step, MLPs of 2048, 2736, 4096 and 5504, a vocabulary of 32,000
 initial values N(0, .02). At the small scales initial values are the library's, and the vocabulary
 is a BPE trained on the text. Rivals have Trellis's parameters to 1%, by the width of their MLPs.
 Rows at the paper's scale read data/NAME, and tokens of data/tokenizer.json.
+
+The paper names no chunk length. At its scale C is 64, with which the op is expected to take a fifth
+of a step or less (benchmarks/results/step_share.md), at the small scales the library's 16; Table 2
+has the other one as a row.
 """
 
 import dataclasses
@@ -31,6 +35,7 @@ import ml_collections
 from experiments.configs import default
 
 SCALES = ("paper", "small", "mini")
+CHUNK = {"paper": 64, "small": 16, "mini": 16}  # Trellis's C
 BATCH_TOKENS = {"paper": 1 << 19, "small": 1 << 16, "mini": 1 << 13}  # per step, at any length
 # Mixers by the names of the paper's tables.
 NAMES = {
@@ -151,6 +156,7 @@ def _config(labels, s: Size, mixer: str, context: int, steps: int, data: str, kn
   cfg.model.mlp_width = s.mlp_widths[list(NAMES).index(mixer)]
   cfg.model.dtype = "float32" if s.scale == "mini" else "bfloat16"
   cfg.model.attention.cache_length = context
+  cfg.model.trellis.chunk_size = CHUNK[s.scale]
   cfg.model[mixer].update(knobs)
   cfg.optim.peak_lr, cfg.optim.end_lr_ratio = s.peak_lr, 1e-5 / s.peak_lr
   cfg.optim.warmup_steps = cfg.steps // 10
