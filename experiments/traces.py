@@ -8,17 +8,24 @@
   rank_key, rank_target    ranks of a row's keys, of its target codes
   binding                  MQAR alone: share of queries for which, of the tokens behind the pairs'
                            keys, the one behind its own key has been written with the nearest key
+  higher_order             of the parameters' gradient, what goes through the memory that the inner
+                           gradient is taken at, as a share of the norm; the model's, at each layer
 
 Ranks are effective ones, see `trellis_jax.inspect`.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
+from flax import nnx
 from jaxtyping import Float
 
-from trellis_jax import inspect, mixers
+from experiments import step
+from trellis_jax import LM, inspect, mixers
 from trellis_jax.typing import Array
 
 
@@ -40,6 +47,8 @@ def measure(
     found.append(_means(trace, chunk))
     if data.task == "mqar":
       found[-1]["binding"] = binding(trace, batch, data.mqar.blanks, data.mqar.pairs)
+  share = higher_order(lm, batch) if found else None
+  found = [means | {"higher_order": share} for means in found]
   return {name: jnp.stack([means[name] for means in found]) for name in (found or [{}])[0]}
 
 
@@ -73,3 +82,24 @@ def binding(
   own = (batch["tokens"][:, :, None] == keys[:, None]).argmax(-1)
   right = jnp.mean(near.argmax(2) == own[..., None], axis=-1)
   return jnp.sum(batch["weights"] * right) / jnp.sum(batch["weights"])
+
+
+def higher_order(lm: LM, batch: dict[str, Array]) -> Float[Array, ""]:
+  """Returns |G - G_1| / |G| for the loss's gradient G by all parameters of a model with Trellis.
+
+  G is whole (`outer_gradient` 1) and G_1 of first order (0), whatever the model trains with.
+
+  Args:
+    lm, batch: as in `measure`, with targets [B, T].
+  """
+  _, params = nnx.split(lm, nnx.Param)
+
+  def gradient(rho: float):
+    knobs = {**lm.cfg.mixers.get("trellis", {}), "outer_gradient": rho}
+    cfg = dataclasses.replace(lm.cfg, mixers={**lm.cfg.mixers, "trellis": knobs})
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    sums = step.loss_fn(graphdef, z_loss=0.0, batch_shards=1)
+    return step.gradients(sums, nnx.to_pure_dict(params), batch, 1)[0]
+
+  whole, first = gradient(1.0), gradient(0.0)
+  return optax.tree.norm(jax.tree.map(jnp.subtract, whole, first)) / optax.tree.norm(whole)

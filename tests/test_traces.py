@@ -61,5 +61,28 @@ def test_binding_counts_the_queries_that_meet_their_pair():
   np.testing.assert_allclose(share, 1 / 3, rtol=1e-6)
 
 
+def test_the_higher_order_share_is_what_first_order_leaves_out():
+  batch = _batch()
+
+  def gradient(rho):
+    graphdef, params = nnx.split(_lm(num_slots=6, chunk_size=4, outer_gradient=rho))
+
+    def loss(params):
+      hidden, _ = nnx.merge(graphdef, params).hidden(batch["tokens"])
+      kernel = nnx.merge(graphdef, params).head_kernel()
+      logits = jax.nn.log_softmax(hidden @ kernel)
+      nll = -jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+      return jnp.sum(batch["weights"] * nll) / jnp.sum(batch["weights"])
+
+    return np.concatenate([np.ravel(g) for g in jax.tree.leaves(jax.grad(loss)(params))])
+
+  whole, first = gradient(1.0), gradient(0.0)
+  want = np.linalg.norm(whole - first) / np.linalg.norm(whole)
+  assert want > 0.01
+  for rho in (1.0, 0.5):  # of the run itself: the same gradients are compared
+    lm = _lm(num_slots=6, chunk_size=4, outer_gradient=rho)
+    np.testing.assert_allclose(traces.higher_order(lm, batch), want, rtol=1e-4)
+
+
 def test_layers_of_another_mixer_have_none():
   assert traces.measure(_lm("gla", head_dim=4), _batch(), _data(3, 4)) == {}

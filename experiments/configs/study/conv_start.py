@@ -11,7 +11,7 @@ from experiments.configs import mqar
 SEEDS = (0, 1, 2)
 LEARNING_RATES = ()
 COLUMNS = ("conv_decay",)
-TRACES = ("binding", "rank_target", "write_v")  # that its figure shows
+TRACES = ("binding", "rank_target", "write_v", "higher_order")  # that its figure shows
 STARTS = (0.0, 0.5)
 
 
