@@ -89,18 +89,28 @@ def columns_at_a_time(plan: Plan) -> int:
   return 64
 
 
-def in_parts(plan: Plan, x_ref, y_ref, dims):
-  """Returns the product, NN or NT, of what two references hold, a few columns of x at a time."""
+def short(plan: Plan, *widths: int) -> bool:
+  """Whether registers are shortest: fp32 operands and restarts, with tiles wider than 64."""
+  return plan.runs and plan.operand == jnp.float32 and max(widths) > 64
+
+
+def in_parts(plan: Plan, x_ref, y_ref, dims, mine=None):
+  """Returns the product, NN or NT, of what two references hold, a few columns of x at a time.
+
+  `mine` is the slice of the product's columns that is wanted, None for all.
+  """
   (rows, columns), by_rows = x_ref.shape, dims == NN
+  width = y_ref.shape[by_rows] if mine is None else mine.size
+  mine = slice(None) if mine is None else mine
   part = columns_at_a_time(plan)
   if part >= columns:
-    return dot(plan, x_ref[...], y_ref[...], dims)
+    return dot(plan, x_ref[...], y_ref[:, mine] if by_rows else y_ref[mine], dims)
 
   def add(i, z):
     at = pl.ds(i * part, part)
-    return z + dot(plan, x_ref[:, at], y_ref[at] if by_rows else y_ref[:, at], dims)
+    return z + dot(plan, x_ref[:, at], y_ref[at, mine] if by_rows else y_ref[mine, at], dims)
 
-  start = jnp.zeros((rows, y_ref.shape[by_rows]), jnp.float32)
+  start = jnp.zeros((rows, width), jnp.float32)
   return jax.lax.fori_loop(0, columns // part, add, start)
 
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
-from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, tile, wait
+from pallas_kernels._triton_call import BLOCK, NT, TN, call, dot, in_parts, short, tile, wait
 
 # Rows of the numbers per token and per chunk.
 STEP, END, ENTERED = range(3)
@@ -82,21 +82,42 @@ def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, memor
     stored = plan.chunk == BLOCK and BLOCK // part >= 4
     if stored:
       wait(plan)
+    # Elsewhere it need not outlive the codes, if those of all parts come first.
+    codes_first = short(plan, *init.shape) and not stored
+    tokens_of = lambda j: pl.ds(at + j * part, part)
 
-    def write(j, s):
-      tokens = pl.ds(at + j * part, part)
+    def codes(j):
+      tokens = tokens_of(j)
       w, a = w_ref[tokens], a_ref[tokens].astype(jnp.float32)
       z = dot(plan, w, states_ref[c] if stored else anchor, NT)
       if plan.runs:
-        entered = rows[ENTERED, tokens][:, None] > 0
-        z = jnp.where(entered, z, dot(plan, w, operand[...], NT))
+        entered = rows[ENTERED, tokens]
+        behind = lambda z, of_init: jnp.where(entered[:, None] > 0, z, of_init)
+        if codes_first:
+          both = lambda z: behind(z, in_parts(plan, operand, w_ref, NT, tokens).T)
+          z = jax.lax.cond(jnp.min(entered) > 0, lambda z: z, both, z)
+        else:
+          z = behind(z, dot(plan, w, operand[...], NT))
       u = activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
       gu = rows[STEP, tokens][:, None] * u
       gu_ref[tokens] = gu.astype(gu_ref.dtype)
       if z_ref is not None:
         z_ref[tokens] = z.astype(z_ref.dtype)
-      return s - dot(plan, rows[END, tokens][:, None] * gu, w, TN)
+      return gu, w
 
+    def only_codes(j, nothing):
+      codes(j)
+
+    change = lambda j, s, gu, w: s - dot(plan, rows[END, tokens_of(j)][:, None] * gu, w, TN)
+    write = lambda j, s: change(j, s, *codes(j))
+    if codes_first and part == plan.chunk:
+      # Not through memory: Triton may load for the next chunk what this one has not stored yet.
+      of_chunk = codes(0)
+      write = lambda j, s: change(j, s, *of_chunk)
+    elif codes_first:
+      jax.lax.fori_loop(0, plan.chunk // part, only_codes, None)
+      wait(plan)
+      write = lambda j, s: change(j, s, gu_ref[tokens_of(j)], w_ref[tokens_of(j)])
     if plan.runs:
       s = jax.lax.cond(chunks[SURVIVES, c] > 0, lambda s: s, lambda s: init[...], s)
     return _parts(plan, part, write, chunks[TOTAL, c] * s)

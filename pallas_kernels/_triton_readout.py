@@ -13,7 +13,19 @@ import jax.numpy as jnp
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_decays as decays
-from pallas_kernels._triton_call import BLOCK, NT, call, dot, in_parts, seen, tile
+from pallas_kernels._triton_call import (
+  BLOCK,
+  NN,
+  NT,
+  call,
+  dot,
+  in_parts,
+  seen,
+  short,
+  through,
+  tile,
+  wait,
+)
 
 # Rows of the numbers per token.
 HI, LO, FIRST, CARRY, ENTERED = range(5)
@@ -96,8 +108,14 @@ def forward(plan, q, k, v, gu, rows, states, init, save: bool):
     for ref in save_y:
       ref[...] = y.astype(ref.dtype)
     r = activations.apply(plan, plan.f, y, plan.eps)
-    p = read(rows, entered, lambda s: dot(plan, r, s[...]), s_v, init_v)
-    p = p - dot(plan, dot(plan, r, gu_v[...], NT) * decay, v[...])
+    if short(plan, width) and o.shape == r.shape:
+      through(plan, o, r)  # which holds R until the reads are done
+      p = read(rows, entered, lambda s: in_parts(plan, o, s, NN), s_v, init_v)
+      p = p - dot(plan, in_parts(plan, o, gu_v, NT) * decay, v[...])
+      wait(plan)
+    else:
+      p = read(rows, entered, lambda s: dot(plan, r, s[...]), s_v, init_v)
+      p = p - dot(plan, dot(plan, r, gu_v[...], NT) * decay, v[...])
     o[...] = activations.apply(plan, plan.phi_out, p, plan.eps).astype(o.dtype)
 
   at = Specs(plan, rows, gu, v)

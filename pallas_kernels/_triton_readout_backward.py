@@ -17,12 +17,13 @@ after s alone; so log_beta's gradient is a sum, from a token on, of
 in which what lies behind the token cancels: both sides sum the same products of rounded operands.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton_activations as activations
 from pallas_kernels import _triton_readout as readout
-from pallas_kernels._triton_call import NN, NT, TN, call, dot, in_parts, through, wait
+from pallas_kernels._triton_call import NN, NT, TN, call, dot, in_parts, short, through, wait
 from pallas_kernels._triton_readout import CARRY, block_pair, entered_of, read
 
 
@@ -31,11 +32,25 @@ def row_dot(x, y):
   return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 
-def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
-  """Stores (carry x)^T y of two tiles, split by whether the token read S or the initial memory."""
-  weighted = lambda of_row: of_row * x[...].astype(jnp.float32)
+def outer(plan, ref, of_row, x, y):
+  """Stores (of_row x)^T y of what two references hold, by halves where registers are short."""
+  slots = ref.shape[0]
+  part = min(slots, 64) if short(plan, *ref.shape) else slots
+
+  def store(mine):
+    ref[mine] = dot(plan, of_row * x[:, mine].astype(jnp.float32), y[...], TN).astype(ref.dtype)
+
+  if part == slots:
+    store(slice(None))
+  else:
+    jax.lax.fori_loop(0, slots // part, lambda j, _: store(pl.ds(j * part, part)), None)
+
+
+def _to_memory(plan, rows, x, y, s_bar, init_bars):
+  """Stores (carry x)^T y of what two references hold, by whether the token read S or `init`."""
+  carry, entered = rows[CARRY, :][:, None], entered_of(plan, rows)
   if plan.runs:
-    init_bar = init_bar_refs[0]
+    init_bar = init_bars[0]
 
     @pl.when(jnp.min(entered) > 0)
     def _():
@@ -43,25 +58,26 @@ def _to_memory(plan, x, carry, entered, y, s_bar_ref, init_bar_refs):
 
     @pl.when(jnp.min(entered) == 0)
     def _():
-      init_bar[...] = dot(plan, weighted(carry * (1 - entered)[:, None]), y[...], TN)
+      outer(plan, init_bar, carry * (1 - entered)[:, None], x, y)
 
     carry = carry * entered[:, None]
-  s_bar_ref[...] = dot(plan, weighted(carry), y[...], TN).astype(s_bar_ref.dtype)
+  outer(plan, s_bar, carry, x, y)
 
 
 def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, parts, *init_bar):
-  decay, carry, entered = block_pair(rows), rows[CARRY, :][:, None], entered_of(plan, rows)
+  # The numbers per token are read again wherever they are used: registers are short.
+  decay, entered = block_pair(rows), lambda: entered_of(plan, rows)
   r_tile = activations.apply(plan, plan.f, y[...].astype(jnp.float32), plan.eps)
-  # Two outputs hold something else first: registers are short, see also `through`.
+  # Two outputs hold something else first, see `through`.
   r = y_bar
   through(plan, r, r_tile)
   weights = (in_parts(plan, r, gu, NT) * decay).astype(plan.operand)
-  p = read(rows, entered, lambda s: in_parts(plan, r, s, NN), s, init)
+  p = read(rows, entered(), lambda s: in_parts(plan, r, s, NN), s, init)
   p = p - dot(plan, weights, v[...])
   p_bar = activations.vjp(plan, plan.phi_out, p, o_bar[...].astype(jnp.float32), plan.eps)
   through(plan, v_bar, p_bar)
-  _to_memory(plan, r, carry, entered, v_bar, s_bar, init_bar)
-  r_bar = read(rows, entered, lambda s: in_parts(plan, v_bar, s, NT), s, init)
+  _to_memory(plan, rows, r, v_bar, s_bar, init_bar)
+  r_bar = read(rows, entered(), lambda s: in_parts(plan, v_bar, s, NT), s, init)
   of_values = (in_parts(plan, v_bar, v, NT) * decay).astype(plan.operand)
   p_bar = v_bar[...]
   wait(plan)
@@ -78,7 +94,7 @@ def _values(plan, rows, y, v, gu, s, init, o_bar, v_bar, gu_bar, s_bar, y_bar, p
 
 
 def _keys(plan, rows, q, k, gu, s, init, y_bar, q_bar, k_bar, gu_bar, s_bar, parts, *init_bar):
-  decay, carry, entered = block_pair(rows), rows[CARRY, :][:, None], entered_of(plan, rows)
+  decay, entered = block_pair(rows), lambda: entered_of(plan, rows)
   query, key, ct = q[...], k[...], y_bar[...]
   weights = dot(plan, query, key, NT) * decay
   gu_bar[...] = -dot(plan, weights, ct, TN).astype(gu_bar.dtype)
@@ -86,11 +102,11 @@ def _keys(plan, rows, q, k, gu, s, init, y_bar, q_bar, k_bar, gu_bar, s_bar, par
   from_query = -dot(plan, weights, query, TN)
   k_bar[...] = from_query.astype(k_bar.dtype)
   part = row_dot(from_query, key)
-  from_ct = read(rows, entered, lambda s: in_parts(plan, y_bar, s, NN), s, init)
+  from_ct = read(rows, entered(), lambda s: in_parts(plan, y_bar, s, NN), s, init)
   from_ct = from_ct - dot(plan, weights, key)
   q_bar[...] = from_ct.astype(q_bar.dtype)
   parts[...] = row_dot(from_ct, query) - part
-  _to_memory(plan, ct, carry, entered, query, s_bar, init_bar)
+  _to_memory(plan, rows, y_bar, q, s_bar, init_bar)
 
 
 def values(plan, y, v, gu, rows, states, init, o_bar):

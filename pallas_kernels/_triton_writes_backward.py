@@ -25,6 +25,7 @@ from pallas_kernels import _triton_decays as decays
 from pallas_kernels import _triton_readout as readout
 from pallas_kernels._triton_call import (
   BLOCK,
+  NN,
   NT,
   TN,
   call,
@@ -32,9 +33,10 @@ from pallas_kernels._triton_call import (
   dot,
   in_parts,
   seen,
+  short,
   wait,
 )
-from pallas_kernels._triton_readout_backward import row_dot
+from pallas_kernels._triton_readout_backward import outer, row_dot
 
 # Rows of the numbers per token; the last three with restarts alone.
 HI, LO, STALE_HI, STALE_LO, STALE_FIRST, STALE_CARRY, END, STEP, TOTAL = range(9)
@@ -93,8 +95,7 @@ def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
 
     @pl.when(jnp.min(entered) == 0)
     def _():
-      restarted = (1 - entered)[:, None] * column(STALE_CARRY) * z_bar[...]
-      init_bar[0][...] = dot(plan, restarted, w[...], TN)
+      outer(plan, init_bar[0], (1 - entered)[:, None] * column(STALE_CARRY), z_bar, w)
 
   inside = plan.chunk < BLOCK
   if inside:
@@ -102,12 +103,16 @@ def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
     pair = readout.pair(rows[STALE_HI, :], rows[STALE_LO, :], rows[STALE_FIRST, :], *own)
     weights = (in_parts(plan, z_bar, gu, NT) * pair).astype(plan.operand)
 
+  def product(x, y, mine):
+    by_parts = short(plan, *y.shape)
+    return in_parts(plan, x, y, NN, mine) if by_parts else dot(plan, x[...], y[:, mine])
+
   def columns(i, numbers):
     at_token, of_end, before = numbers
-    at = slice(None), pl.ds(i * part, part)
+    mine = pl.ds(i * part, part)
+    at = slice(None), mine
     own = w[at]
-    stale = seen(lambda s: dot(plan, z_bar[...], s[at]), entered, s, init)
-    stale = column(STALE_CARRY) * stale
+    stale = column(STALE_CARRY) * seen(lambda s: product(z_bar, s, mine), entered, s, init)
     if inside:
       stale = stale - dot(plan, weights, own)
     before = before + row_dot(stale, own)
@@ -116,7 +121,7 @@ def _one_pass(plan, rows, z_bar, gu, w, s, end_bar, init, w_bar, init_bar):
       back = dot(plan, weights, own, TN)
       at_token = at_token + row_dot(back, own)
       own_bar = own_bar - back
-    ended = column(END) * dot(plan, gu[...], end_bar[at])
+    ended = column(END) * product(gu, end_bar, mine)
     of_end = of_end + row_dot(ended, own)
     w_bar[at] = (own_bar - ended).astype(w_bar.dtype)
     return at_token, of_end, before

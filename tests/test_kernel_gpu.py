@@ -74,6 +74,15 @@ def test_segments_and_a_state_entered_midway(chunk_size):
   _check(knobs, with_state=True, segment_ids=_packed(113), t=113, **SMALL)
 
 
+SLOW_CHUNKS = [pytest.param(n, marks=pytest.mark.slow) for n in (16, 64)]
+
+
+@pytest.mark.parametrize("chunk_size", [32, *SLOW_CHUNKS])
+def test_segments_at_the_widest_where_registers_are_shortest(chunk_size):
+  knobs = dict(chunk_size=chunk_size, outer_gradient=0.5)
+  _check(knobs, with_state=True, segment_ids=_packed(113), t=113, h=1, d=128, v=128, m=128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [32, 64, 128])
 @pytest.mark.parametrize("d, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
