@@ -21,6 +21,7 @@ OTHERS = ("abc", "gla", "hgrn2", "lattice", "retnet", "titans", "ttt_mlp")
 PALE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#882255", "#AA4499", "#DDCC77")
 STYLES |= dict(zip(OTHERS, zip(PALE, "<>pHd+x")))
 STYLES["trellis_m32"] = (plots.VERMILLION, "h")
+STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 
 

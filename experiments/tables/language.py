@@ -18,7 +18,11 @@ from experiments.tables import lines as lines_lib
 from experiments.tables import page
 
 Labels = dict[str, Any]
-NAMES = {**base.NAMES, "trellis_m32": "Trellis, M = 32"}
+NAMES = {
+  **base.NAMES,
+  "trellis_m32": "Trellis, M = 32",
+  "trellis_m32_exact": "Trellis, M = 32, C = 1",
+}
 NOT_FINITE = "not finite"
 
 

@@ -10,25 +10,32 @@ OURS, RIVAL = "trellis", "gated_delta_net"
 
 def notes(group: language.Group) -> list[str]:
   """Who is ahead at each length, and whether the gap grows with it, as the paper says."""
-  said, gaps = [], {}
+  said = []
+  for model in (OURS, *table4.MATCHED):
+    said += _beside_rival(group, model)
+  return said
+
+
+def _beside_rival(group: language.Group, model: str) -> list[str]:
+  said, gaps, name = [], {}, language.NAMES[model]
   books = dict(zip(table4.BOOKS, zip(table4.PUBLISHED[RIVAL][2:], table4.PUBLISHED[OURS][2:])))
   for context in dict.fromkeys(row.labels["context"] for row in group.rows):
-    mine = group.mean(dict(model=OURS, context=context))
+    mine = group.mean(dict(model=model, context=context))
     theirs = group.mean(dict(model=RIVAL, context=context))
     if mine is None or theirs is None:
       continue
     gaps[context] = theirs - mine
     there, here = books[context]
+    paper = f" (the paper, Books at 125M: {there - here:+.2f})" if model == OURS else ""
     said.append(
-      f"T = {context}: Trellis {mine:.2f} is {'below' if mine < theirs else 'NOT below'} Gated "
-      f"DeltaNet {theirs:.2f}, gap {gaps[context]:+.2f} (the paper, Books at 125M: "
-      f"{there - here:+.2f})."
+      f"T = {context}: {name} {mine:.2f} is {'below' if mine < theirs else 'NOT below'} Gated "
+      f"DeltaNet {theirs:.2f}, gap {gaps[context]:+.2f}{paper}."
     )
   if len(gaps) > 1:
     first, last = min(gaps), max(gaps)
     word = "does not shrink" if gaps[last] >= gaps[first] else "SHRINKS"
     said.append(
-      f"The gap to Gated DeltaNet {word} from T = {first} ({gaps[first]:+.2f}) to {last} "
+      f"The gap of {name} to Gated DeltaNet {word} from T = {first} ({gaps[first]:+.2f}) to {last} "
       f"({gaps[last]:+.2f})."
     )
   return said
