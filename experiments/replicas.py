@@ -1,8 +1,8 @@
 """Trains replicas of one run side by side: every seed with every learning rate, in one program.
 
-Small models leave a machine idle, so a study's replicas share each step. A replica computes what a
-run of experiments/train.py with its seed and peak learning rate computes: AdamW's update is its
-learning rate times what does not depend on it.
+Small models leave an accelerator idle, so a study's replicas share each step; on a CPU they take
+their turns in it. A replica computes what a run of experiments/train.py with its seed and peak
+learning rate computes: AdamW's update is its learning rate times what does not depend on it.
 """
 
 import dataclasses
@@ -160,14 +160,29 @@ class _Program:
     def trace(params, batch):
       return traces.measure(nnx.merge(graphdef, params), batch, cfg.data)
 
-    of_all = lambda f: jax.jit(jax.vmap(jax.vmap(f, in_axes=(0, None)), in_axes=(0, None)))
-    per_rate = jax.vmap(lambda s, r, b: update(s, r, b), in_axes=(0, 0, None))
+    of_all = lambda f: jax.jit(_over(_over(f, (0, None)), (0, None)))
+    per_rate = _over(update, (0, 0, None))
     return cls(
-      init=jax.jit(jax.vmap(init)),
-      update=jax.jit(jax.vmap(lambda s, b: per_rate(s, rates, b)), donate_argnums=0),
+      init=jax.jit(_over(init, (0,))),
+      update=jax.jit(_over(lambda s, b: per_rate(s, rates, b), (0, 0)), donate_argnums=0),
       evaluate=of_all(evaluate),
       trace=of_all(trace),
     )
+
+
+def _over(f: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+  """Returns jax.vmap(f, in_axes); on a CPU a loop: batches of small products are slow there."""
+  if jax.default_backend() != "cpu":
+    return jax.vmap(f, in_axes)
+
+  def looped(*args):
+    def one(mapped):
+      rest = iter(mapped)
+      return f(*(x if axis is None else next(rest) for x, axis in zip(args, in_axes)))
+
+    return jax.lax.map(one, [x for x, axis in zip(args, in_axes) if axis is not None])
+
+  return looped
 
 
 def _each(replicas):
