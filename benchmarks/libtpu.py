@@ -34,11 +34,15 @@ def version() -> str | None:
 def environment(*arguments: str) -> dict[str, str]:
   """Returns the environment of a process that compiles for TPUs and runs on the CPU.
 
+  Flags of XLA's CPU compiler are left out: libtpu reads them, too, and stops at one it has not got.
+
   Args:
     *arguments: libtpu's own flags, read when it is loaded.
   """
+  flags = os.environ.get("XLA_FLAGS", "").split()
   return dict(
     os.environ,
+    XLA_FLAGS=" ".join(flag for flag in flags if not flag.startswith("--xla_cpu_")),
     JAX_PLATFORMS="cpu",
     TPU_LIBRARY_PATH=library() or "",
     LIBTPU_INIT_ARGS=" ".join(arguments),

@@ -67,3 +67,8 @@ def test_a_sharded_training_step_compiles_to_the_kernels(topology, chunk_size, t
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert json.loads(done.stdout) == launches
+
+
+def test_flags_of_the_cpu_compiler_do_not_reach_libtpu(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_cpu_use_fusion_emitters=false")
+  assert libtpu.environment()["XLA_FLAGS"] == "--xla_dump_to=x"
