@@ -5,7 +5,8 @@
 MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
 of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
 Trellis n slots of keys and values n wide, for Gated DeltaNet keys n and values 2 n wide. All have
-short convolutions of 4 taps. What C > 1 keeps beside the memories, those at the start of the chunk,
+short convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others
+at the present token alone. What C > 1 keeps beside the memories, those at the start of the chunk,
 is not counted.
 """
 
@@ -22,7 +23,9 @@ def models(n: int):
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16", "trellis", dict(slots, chunk_size=16)
   yield "trellis C=1", "trellis", dict(slots, chunk_size=1)
-  yield "gated_delta_net", "gated_delta_net", dict(head_dim=n, value_dim=2 * n, conv_taps=4)
+  rival = dict(head_dim=n, value_dim=2 * n, conv_taps=4)
+  yield "gated_delta_net", "gated_delta_net", rival
+  yield "gated_delta_net conv_decay=0.5", "gated_delta_net", dict(rival, conv_decay=0.5)
 
 
 def cells():
