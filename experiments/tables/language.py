@@ -38,11 +38,15 @@ class Group:
     """A row's lines at its best rate, by seed."""
     return lines_lib.best(lines_lib.select(self.lines, {"labels": labels}))
 
-  def values(self, labels: Labels) -> list[float]:
-    """A row's perplexities by seed; none when it was not run, or not all were finite."""
+  def by_seed(self, labels: Labels) -> dict[int, float]:
+    """A row's perplexity of each seed; {} when it was not run, or not all were finite."""
     lines = self.of(labels)
     failed = any(line["failure"] for line in lines)
-    return [] if failed else [line["test"]["perplexity"] for line in lines]
+    return {} if failed else {line["seed"]: line["test"]["perplexity"] for line in lines}
+
+  def values(self, labels: Labels) -> list[float]:
+    """A row's perplexities, in the order of `of`."""
+    return list(self.by_seed(labels).values())
 
   def mean(self, labels: Labels) -> float | None:
     """A row's perplexity, the mean over seeds."""
