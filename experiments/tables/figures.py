@@ -1,6 +1,7 @@
 """Figures in the shape of the paper's: a line for a model, a panel for a size."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ def lines(
           label=NAMES.get(model, model),
           color=colour,
           marker=marker,
+          markerfacecolor="white" if dashed else colour,
           linestyle="--" if dashed else "-",
           markersize=5,
           capsize=2,
@@ -78,9 +80,9 @@ def lines(
         ax.set_xticks(at, map(short, at))
         ax.xaxis.set_minor_locator(NullLocator())
     named = {k: h for ax in axes for h, k in zip(*ax.get_legend_handles_labels())}
-    columns = 4 if len(panels) > 1 else 3
+    columns = 4 if len(panels) > 1 else 2
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 54 * len(panels)))
   return figure
 
 
