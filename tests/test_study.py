@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +53,18 @@ def test_a_replica_trains_as_the_trainer_does(tmp_path):
   assert np.asarray(replica.traces["write_k"]).shape == (2, 2)  # evaluations, layers
   assert all(np.isfinite(values).all() for values in replica.traces.values())
   assert done[2].train_loss != replica.train_loss and done[1].train_loss != replica.train_loss
+
+
+def test_replicas_in_turn_are_what_they_are_side_by_side(monkeypatch):
+  def f(x, shared, y):
+    return {"sum": x["a"] + shared * y}
+
+  args = {"a": jnp.arange(6.0).reshape(3, 2)}, jnp.asarray([2.0, 5.0]), jnp.asarray([1.0, 3.0, 4.0])
+  in_turn = replicas._over(f, (0, None, 0))(*args)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  together = replicas._over(f, (0, None, 0))(*args)
+  np.testing.assert_array_equal(in_turn["sum"], together["sum"])
+  np.testing.assert_array_equal(together["sum"][2], [4 + 2 * 4, 5 + 5 * 4])
 
 
 def test_a_replica_that_diverges_is_lost_and_the_others_go_on():
