@@ -1,0 +1,80 @@
+"""What each choice that the paper leaves open does to recall in noise, one at a time.
+
+    python -m experiments.study choices
+
+MQAR as in configs/study/mqar_noise.py with 8 pairs and n = 16: 16 slots of keys and values 16 wide,
+one head, 1,000 steps of 32 examples at a learning rate of 3e-3. The row without a change is the
+library's default at C = 16, and each other row changes what it is named by. Shapes and heads keep
+the memories' 2 n^2 floats. Where a row's start would not be its own (a step's bound below 1 / C),
+both knobs are in its name.
+"""
+
+from experiments.configs.study import mqar_noise
+
+SEEDS = (0, 1, 2)
+LEARNING_RATES = ()
+COLUMNS = ("n",)
+PAIRS, SIZES = 8, (16,)
+CHOICES = (
+  {},
+  # Codes, and what reads them.
+  {"phi_out": "identity"},
+  {"f": "identity"},
+  {"phi": "identity", "target": "layer_norm"},
+  {"phi": "silu"},
+  {"phi": "l2_silu"},
+  {"phi_eps": 10.0},
+  {"phi_eps": 0.1},
+  {"phi_eps": 1e-5},
+  {"target": "layer_norm"},
+  {"target": "linear"},
+  {"f": "l2_silu"},
+  {"f": "softmax"},
+  {"phi_out": "l2_silu"},
+  # Steps and staleness: at most 2 / C cannot overshoot; 4 / C at the start does.
+  {"step_scale": 0.125},
+  {"step_init": 0.25},
+  {"step_init": 0.015625},
+  {"step_form": "softplus"},
+  {"step_form": "constant"},
+  {"chunk_size": 1},
+  {"chunk_size": 4},
+  {"chunk_size": 64},
+  # What is forgotten, and what a sequence starts from.
+  {"forget": False},
+  {"forget_init": 0.9},
+  {"forget_init": 0.998},
+  {"initial_memory": "learned"},
+  {"initial_memory": "learned", "memory_std": 0.25},
+  # Keys, queries and values.
+  {"share_qk": False},
+  {"conv_activation": "none"},
+  {"conv_taps": 1},
+  {"conv_decay": 0.0},
+  {"qk_norm": "none"},
+  {"v_norm": "none"},
+  {"v_activation": "silu"},
+  # The path through the inner gradient, and after the read.
+  {"outer_gradient": 0.0},
+  {"gate": "silu"},
+  {"gate": "none"},
+  {"post_norm": "none"},
+  # Shapes of as many floats.
+  {"num_slots": 32, "head_dim": 8, "value_dim": 8},
+  {"num_slots": 8, "head_dim": 32, "value_dim": 32},
+  {"num_heads": 2, "num_slots": 16, "head_dim": 8, "value_dim": 8},
+)
+
+
+def cells():
+  """Yields (labels, config) of every setting."""
+  base = {(x["model"], x["pairs"], x["n"]): cfg for x, cfg in mqar_noise.cells()}
+  for n in SIZES:
+    for change in CHOICES:
+      cfg = base["trellis C=16", PAIRS, n].copy_and_resolve_references()
+      knobs = dict(change)
+      cfg.model.num_heads = knobs.pop("num_heads", cfg.model.num_heads)
+      cfg.model.trellis.update(knobs)
+      cfg.optim.peak_lr = 3e-3
+      name = " ".join(f"{k}={v}" for k, v in change.items())
+      yield dict(choice=name or "default", n=n), cfg
