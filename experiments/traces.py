@@ -1,7 +1,7 @@
 """What Trellis's memories do while a model learns: means over a batch's tokens, of each layer.
 
   forget_gate, step_size   b and g
-  overshoot                C g |k|^2, the step of a chunk of like keys
+  overshoot                C g |k|^2, the step of a stale chunk of like keys; g |k|^2 without them
   write_k, write_v         norms of the writes
   loss_k, loss_v           compression losses before the writes; gain_k, gain_v: what these took off
   norm_k, norm_v           norms of the memories after the last token; rank_k, rank_v: their ranks
@@ -41,7 +41,8 @@ def measure(
   """
   length = batch["tokens"].shape[1]
   layers = inspect.trace_lm(lm, batch["tokens"], segment_ids=batch["segment_ids"], every=length)
-  chunk = mixers.configure("trellis", lm.cfg.mixers.get("trellis")).chunk_size
+  knobs = mixers.configure("trellis", lm.cfg.mixers.get("trellis"))
+  chunk = 1 if knobs.curvature else knobs.chunk_size
   found = []
   for trace in filter(None, layers):
     found.append(_means(trace, chunk))

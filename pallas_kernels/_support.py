@@ -23,6 +23,7 @@ def reasons(spec, shapes, platforms: tuple[str, ...] | None) -> str | None:
   checks = [] if platforms is None else [("platform", _platform(), platforms)]
   checks += [("D", shapes.D, WIDTHS), ("V", shapes.V, WIDTHS), ("M", shapes.M, SLOTS)]
   checks += [("chunk_size", spec.chunk_size, CHUNKS), ("dtype", shapes.dtype, DTYPES)]
+  checks += [("curvature", spec.curvature, (0.0,))]
   checks += [(role, getattr(spec, role), ACTIVATIONS) for role in ("phi", "f", "phi_out")]
   found = [
     f"{name} is {given}, not one of {', '.join(map(str, accepted))}"

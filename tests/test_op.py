@@ -1,5 +1,7 @@
 """The op's chunked scan against its definition: outputs, final state, all gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,45 @@ def test_outputs_state_and_all_gradients_equal_the_definition(phi, chunk_size, r
     outer_gradient=rho,
   )
   _check(*_both(knobs, with_state=True, segment_ids=op_cases.packed()))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("phi", ACTIVATIONS)
+def test_linearised_chunks_equal_the_definition(phi, rho):
+  knobs = dict(phi=phi, eps=1e-3, chunk_size=5, outer_gradient=rho, curvature=0.7)
+  _check(*_both(knobs, with_state=True, segment_ids=op_cases.packed()))
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_linearised_chunks_from_a_fresh_memory(chunk_size):
+  knobs = dict(chunk_size=chunk_size, curvature=1.0)
+  _check(*_both(knobs, with_state=False, segment_ids=None))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_linearised_chunks_of_linear_phi_are_the_exact_recurrence(implementation):
+  arrays, memory = op_cases.inputs(dtype=np.float32)
+
+  @functools.partial(jax.jit, static_argnames=("chunk_size", "curvature"))
+  def run(chunk_size, curvature):
+    def loss(arrays, memory):
+      o, state = trellis(
+        *arrays,
+        initial_memory=memory,
+        phi="identity",
+        chunk_size=chunk_size,
+        curvature=curvature,
+        implementation=implementation,
+      )
+      out = (o, state.memory_k, state.memory_v)
+      return op_cases.scalar(*out), out
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(arrays, memory)
+
+  exact, stale = run(1, 0.0), run(16, 0.0)
+  for chunk_size in (5, 16):
+    assert op_cases.distance(run(chunk_size, 1.0), exact) <= 1e-5
+  assert op_cases.distance(stale, exact) > 1e-2
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 16, 64])

@@ -15,14 +15,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 T = 21
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size",))
-def _run(arrays, memory, state, segment_ids, chunk_size):
+@functools.partial(jax.jit, static_argnames=("chunk_size", "curvature"))
+def _run(arrays, memory, state, segment_ids, chunk_size, curvature=0.0):
   return trellis(
     *arrays,
     initial_memory=memory,
     initial_state=state,
     segment_ids=segment_ids,
     chunk_size=chunk_size,
+    curvature=curvature,
     implementation="xla",
   )
 
@@ -37,35 +38,35 @@ def _ids():
   return jnp.asarray(rows, jnp.int32)
 
 
-def _in_pieces(arrays, memory, ids, chunk_size, splits):
+def _in_pieces(arrays, memory, ids, chunk_size, splits, curvature=0.0):
   outs, state = [], None
   for start, stop in zip((0, *splits), (*splits, T)):
     at = slice(start, stop)
     piece = None if ids is None else ids[:, at]
-    o, state = _run(_cut(arrays, at), memory, state, piece, chunk_size)
+    o, state = _run(_cut(arrays, at), memory, state, piece, chunk_size, curvature)
     outs.append(o)
   return jnp.concatenate(outs, axis=1), state
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunk_size", [1, 5, 16])
+@pytest.mark.parametrize("chunk_size, curvature", [(1, 0.0), (5, 0.0), (5, 1.0), (16, 0.0)])
 @pytest.mark.parametrize("splits", [(1,), (7,), (16,), tuple(range(1, T))])
-def test_any_split_is_exact(splits, chunk_size, packed):
+def test_any_split_is_exact(splits, chunk_size, curvature, packed):
   arrays, memory = op_cases.inputs(t=T, dtype=np.float32)
   ids = _ids() if packed else None
-  whole = _run(arrays, memory, None, ids, chunk_size)
-  pieces = _in_pieces(arrays, memory, ids, chunk_size, splits)
+  whole = _run(arrays, memory, None, ids, chunk_size, curvature)
+  pieces = _in_pieces(arrays, memory, ids, chunk_size, splits, curvature)
   assert op_cases.distance(pieces, whole) <= 1e-5
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16])
+@pytest.mark.parametrize("chunk_size, curvature", [(1, 0.0), (16, 0.0), (16, 1.0)])
 @pytest.mark.parametrize("splits", [(9,), (1, 2)])
-def test_any_split_has_the_gradients_of_one_pass(splits, chunk_size):
+def test_any_split_has_the_gradients_of_one_pass(splits, chunk_size, curvature):
   arrays, memory = op_cases.inputs(t=T, dtype=np.float32)
 
   @functools.partial(jax.jit, static_argnums=2)
   def grads(arrays, memory, splits):
-    loss = lambda a, m: op_cases.scalar(*_in_pieces(a, m, _ids(), chunk_size, splits))
+    loss = lambda a, m: op_cases.scalar(*_in_pieces(a, m, _ids(), chunk_size, splits, curvature))
     return jax.grad(loss, argnums=(0, 1))(arrays, memory)
 
   got, want = grads(arrays, memory, splits), grads(arrays, memory, ())

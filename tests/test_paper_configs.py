@@ -102,8 +102,9 @@ def test_an_ablation_changes_what_its_label_says_and_nothing_else(scale):
   }
   chunk = {"paper": 16, "small": 64, "mini": 64}[scale]
   one[f"chunk_{chunk}"] = {"chunk_size": chunk}
+  one["linearised"] = {"curvature": 1.0} | ({} if scale == "paper" else {"chunk_size": 64})
   assert set(one) | {"delta_net", "ttt_linear", "trellis", "literal"} == set(rows)
-  assert set(table2.PUBLISHED) == set(rows) - {f"chunk_{chunk}", "literal"}
+  assert set(table2.PUBLISHED) == set(rows) - {f"chunk_{chunk}", "linearised", "literal"}
   for name, knobs in one.items():
     want = {f"model.trellis.{k}": v for k, v in knobs.items()}
     assert changes(rows["trellis"], rows[name]) == want

@@ -15,7 +15,7 @@ def _dense(a, right):
   return jnp.linalg.solve(jnp.tril(a, -1) + jnp.eye(a.shape[-1])[None, None], right)
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 64])
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 64])
 def test_solution_and_gradients_equal_the_dense_solver(length):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):

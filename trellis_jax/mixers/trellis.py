@@ -69,9 +69,10 @@ class Config:
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     forget: whether there is a forget gate; forget_init: its value on the built model.
     step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
-    step_init: inner step on the built model, 0 for 1 / C; step_scale: factor of the sigmoid.
+    step_init: inner step on the built model; 0 is 1 / C for stale chunks of C tokens and 1/2 where
+      nothing overshoots (linearised chunks, C = 1). step_scale: factor of the sigmoid.
     initial_memory: what a sequence starts from; memory_std: of a learned one at the start.
-    outer_gradient: rho of the op.
+    outer_gradient: rho of the op; curvature: h of the op, above 0 for linearised chunks.
     gate: activation of the output gate; post_norm: over all heads, each head, or none.
   """
 
@@ -100,6 +101,7 @@ class Config:
   initial_memory: str = "zeros"
   memory_std: float = 0.02
   outer_gradient: float = 1.0
+  curvature: float = 0.0
   gate: str = "gelu"
   post_norm: str = "rms"
 
@@ -120,6 +122,8 @@ class Config:
       raise ValueError(f"forget_init={self.forget_init} is not accepted; it lies in (0, 1)")
     if not 0 <= self.outer_gradient <= 1:
       raise ValueError(f"outer_gradient={self.outer_gradient} is not accepted; it lies in [0, 1]")
+    if not (math.isfinite(self.curvature) and self.curvature >= 0):
+      raise ValueError(f"curvature={self.curvature} is not accepted; it must be finite and >= 0")
     if self.step_init < 0 or (self.step_form == "sigmoid" and self.start_step >= self.step_scale):
       raise ValueError(
         f"step_init={self.start_step} is not accepted; it lies in (0, step_scale={self.step_scale})"
@@ -130,7 +134,7 @@ class Config:
     """The inner step on the built model."""
     if self.step_init:
       return self.step_init
-    return 1 / self.chunk_size if self.chunk_size > 1 else 0.5
+    return 0.5 if self.chunk_size == 1 or self.curvature else 1 / self.chunk_size
 
   @classmethod
   def literal(cls, **knobs) -> "Config":
@@ -266,7 +270,7 @@ class Mixer(nnx.Module):
 
   def op_knobs(self) -> dict[str, Any]:
     """Returns the op's static keyword arguments."""
-    names = ("phi", "f", "phi_out", "phi_eps", "eps", "chunk_size", "outer_gradient")
+    names = ("phi", "f", "phi_out", "phi_eps", "eps", "chunk_size", "outer_gradient", "curvature")
     return {n: getattr(self.config, n) for n in names} | {"precision": self.precision}
 
   def initial_memory(self):

@@ -179,6 +179,12 @@ def inner_gradient_vjp(
   return z_bar, -j_p
 
 
+def tempered(x: Array, rho: float) -> Array:
+  """Returns x, whose derivative is scaled by rho."""
+  frozen = jax.lax.stop_gradient(x)
+  return frozen + rho * (x - frozen)
+
+
 def tempered_inner_gradient(name: str, z: Vector, a: Vector, eps: float, rho: float) -> Vector:
   """Returns u whose value is `inner_gradient` and whose derivative in z is scaled by rho.
 

@@ -189,14 +189,11 @@ def _stale(spec, plan, start, anchor, init, kept, chunks: Inputs, run, entry, la
   if run is not None:
     entered = runs.entered[:, :, None, :, None]
     restarts = evolve.Restarts(entered, entered[:, :, :, -1:])
-  gu, starts, end = evolve.evolve(
-    spec,
-    start,
-    anchor,
-    init,
-    evolve.Chunks((chunks.k, chunks.v), chunks.alpha, chunks.gamma, end_decay, total),
-    restarts,
-  )
+  writes, ahead = (chunks.k, chunks.v), None
+  if spec.curvature:
+    ahead = evolve.Ahead(*decay.alike(writes, chunks.log_beta, runs, spec.precision))
+  given = evolve.Chunks(writes, chunks.alpha, chunks.gamma, end_decay, total, ahead)
+  gu, starts, end = evolve.evolve(spec, start, anchor, init, given, restarts)
   anchors = starts if anchor is None else tuple(a[None] for a in anchor)
   kept = tuple(_keep(k, a, s0, last, restarts) for k, a, s0 in zip(kept, anchors, init))
   return gu, starts, end, kept

@@ -10,6 +10,7 @@ With l_t = log b_t and tokens s <= t of one run (a run is a stretch without a re
 Every sum is of the terms themselves, so l = -inf (erase) is exact forward and backward.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,6 +71,18 @@ def before(
   first = jnp.arange(log_beta.shape[-1]) == 0
   goes_on = goes_on | first.reshape((1,) * (goes_on.ndim - 1) + (-1,))
   return jnp.where(goes_on, carry, 1), jnp.where(same, pair, 0)
+
+
+def alike(
+  writes: tuple[Float[Array, "... H L W"], ...],
+  log_beta: Float[Array, "... H L"],
+  runs: Runs | None,
+  precision,
+) -> tuple[Float[Array, "... H L"], tuple[Float[Array, "... H L L"], ...]]:
+  """Returns `before`'s carry, and of each pass its pairs times (w_t . w_s)."""
+  carry, pair = before(log_beta, runs)
+  dot = functools.partial(jnp.einsum, "...tw,...sw->...ts", precision=precision)
+  return carry, tuple(pair * dot(w, w) for w in writes)
 
 
 def to_end(

@@ -8,6 +8,10 @@ of its chunk (for chunk_size 1 they are S_k and S_v themselves):
   z_v = A_v v,   u_v = J_phi(z_v)^T (phi(z_v) - a),   S_v <- b S_v - g u_v v^T
   o   = phi_out(S_v^T r)                                                          (eq. 14)
 
+With a curvature h > 0 a chunk is linearised: the gradient follows the memory from the chunk's start
+on by the curvature of the loss, u = J_phi(z)^T (phi(z) - a) + h (S w - z) for w = k and v. For
+linear phi and h = 1 that is the exact recurrence; 0 are the stale chunks of section 3.2.
+
 Tokens of segment 0 do not exist: they change nothing and read zero.
 """
 
@@ -48,6 +52,9 @@ def step(spec: Spec, memory: Memory, state: TrellisState, token):
       anchor = jnp.where(rows(state.offset == 0), running, anchor)
     z = jnp.einsum("bhmd,bhd->bhm", anchor, w, precision=spec.precision)
     u = activations.tempered_inner_gradient(spec.phi, z, alpha, spec.phi_eps, spec.outer_gradient)
+    if spec.curvature and spec.chunk_size > 1:
+      ahead = jnp.einsum("bhmd,bhd->bhm", running - anchor, w, precision=spec.precision)
+      u = u + spec.curvature * activations.tempered(ahead, spec.outer_gradient)
     return decay * running - rate * u[..., None] * w[..., None, :], anchor
 
   s_k, a_k = write(memory[0], state.memory_k, state.anchor_k, k)

@@ -18,6 +18,7 @@ class Spec(NamedTuple):
   eps: float = 1e-5
   chunk_size: int = 16
   outer_gradient: float = 1.0
+  curvature: float = 0.0
   precision: jax.lax.Precision | None = None
 
   def check(self) -> "Spec":
@@ -34,10 +35,13 @@ class Spec(NamedTuple):
       raise ValueError(f"chunk_size={self.chunk_size} is not accepted; it must be >= 1")
     if not 0 <= self.outer_gradient <= 1:
       raise ValueError(f"outer_gradient={self.outer_gradient} is not accepted; it lies in [0, 1]")
+    if not (math.isfinite(self.curvature) and self.curvature >= 0):
+      raise ValueError(f"curvature={self.curvature} is not accepted; it must be finite and >= 0")
     return self._replace(
       phi_eps=float(self.phi_eps),
       eps=float(self.eps),
       chunk_size=int(self.chunk_size),
       outer_gradient=float(self.outer_gradient),
+      curvature=float(self.curvature),
       precision=None if self.precision is None else jax.lax.Precision(self.precision),
     )

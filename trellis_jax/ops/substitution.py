@@ -41,9 +41,9 @@ def evolve(spec: Spec, start, init, writes, targets, steps, log_beta, runs: deca
     (g U per memory [n B H L M], memories at the blocks' starts [n B H M D | V], at the end).
   """
   dot = functools.partial(jnp.einsum, precision=spec.precision)
-  carry, pair = decay.before(log_beta, runs)
+  carry, alike = decay.alike(writes, log_beta, runs, spec.precision)
+  alike = jnp.stack(alike, axis=1)
   end, total = decay.to_end(log_beta, runs)
-  alike = jnp.stack([pair * dot("...td,...sd->...ts", w, w) for w in writes], axis=1)
   survives = entered = None
   if runs is not None:
     entered = runs.entered[:, :, None, :, None]

@@ -44,6 +44,7 @@ def trellis(
   eps: float = 1e-5,
   chunk_size: int = 16,
   outer_gradient: float = 1.0,
+  curvature: float = 0.0,
   precision: jax.lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], TrellisState]:
@@ -72,6 +73,11 @@ def trellis(
       3.2); 1 is the exact recurrence. Any T, also not a multiple.
     outer_gradient: rho in [0, 1], how much of the derivative through the inner gradient's z is
       kept; the outputs do not depend on it, the path through alpha is whole for all.
+    curvature: h >= 0. 0 are the stale chunks of section 3.2; above, a chunk is linearised: its
+      inner gradients follow the memory from the chunk's start on with this curvature,
+      u + h (S w - z). It bounds what a chunk can overshoot by where h is at least half of phi's
+      largest squared slope (1.21 / phi_eps for ln_silu, 1 for the identity, for which h = 1 is
+      exact). Nothing to C = 1.
     precision: of the matrix products.
     implementation: "reference", "xla" or a file of `pallas_kernels`, which never falls back; None
       picks the best that supports the call on this platform.
@@ -83,7 +89,9 @@ def trellis(
   Raises:
     ValueError: a shape, dtype, name or concrete gate is not accepted.
   """
-  spec = Spec(phi, f, phi_out, phi_eps, eps, chunk_size, outer_gradient, precision).check()
+  spec = Spec(
+    phi, f, phi_out, phi_eps, eps, chunk_size, outer_gradient, curvature, precision
+  ).check()
   arrays = (q, k, v, alpha, log_beta, gamma)
   checks.check(spec, *arrays, initial_memory, initial_state, segment_ids)
   b, t, h, d = q.shape

@@ -22,7 +22,7 @@ _dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @jax.custom_vjp
 def solve(a: Float[Array, "... L L"], right: Float[Array, "... L W"]) -> Float[Array, "... L W"]:
-  """Returns X; L is a power of two, and what A holds on and above its diagonal is not read."""
+  """Returns X; what A holds on and above its diagonal is not read."""
   return _dot("...ts,...sw->...tw", inverse(a), right)
 
 
@@ -44,6 +44,10 @@ solve.defvjp(_forward, _backward)
 def inverse(a: Float[Array, "... L L"]) -> Float[Array, "... L L"]:
   """Returns (I + A)^-1; see `solve`."""
   length = a.shape[-1]
+  more = (1 << (length - 1).bit_length()) - length
+  if more:
+    whole = inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, more)] * 2))
+    return whole[..., :length, :length]
   if length == 1:
     return jnp.ones_like(a)
   half = length // 2

@@ -1,4 +1,4 @@
-"""Recall after noise at equal states: Trellis, stale and exact, beside Gated DeltaNet.
+"""Recall after noise at equal states: Trellis's stale, linearised and exact chunks, Gated DeltaNet.
 
     python -m experiments.study mqar_noise
 
@@ -22,6 +22,7 @@ def models(n: int):
   """Yields (name, mixer, knobs) of memories of 2 n^2 floats."""
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16", "trellis", dict(slots, chunk_size=16)
+  yield "trellis C=16 linearised", "trellis", dict(slots, chunk_size=16, curvature=1.0)
   yield "trellis C=1", "trellis", dict(slots, chunk_size=1)
   rival = dict(head_dim=n, value_dim=2 * n, conv_taps=4)
   yield "gated_delta_net", "gated_delta_net", rival
