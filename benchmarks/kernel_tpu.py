@@ -38,6 +38,12 @@ SHAPES = (
   Case(C=16, H=12, T=512),
   Case("v5p", H=12, B=2),
   Case("v5p", C=16, H=12, B=2, T=512),
+  Case(curvature=1.0),
+  Case(C=16, H=64, T=512, curvature=1.0),
+  Case(H=12, curvature=1.0),
+  Case(dtype="float32", H=16, T=512, curvature=1.0),
+  Case("v5p", B=2, curvature=1.0),
+  Case("v5p", H=12, B=2, curvature=1.0),
 )
 # Shapes whose XLA scan is estimated, too.
 SCANNED = (Case(), Case(C=16, T=512))
@@ -93,7 +99,8 @@ def table(rows: dict[Case, dict]) -> str:
     once, twice = cycles("forward"), cycles("saving") + cycles("backward")
     per_chunk = [c * shape.C / shape.head_tokens for c in (once, twice)]
     name = f"{shape.chip} C {shape.C}, D {shape.D}, V {shape.V}, M {shape.M}, {shape.dtype}"
-    row = [f"{name}, H {shape.H}", *(round(c) for c in per_chunk)]
+    name += f", H {shape.H}" + ", linearised" * (shape.curvature > 0)
+    row = [name, *(round(c) for c in per_chunk)]
     if shape.chip in CHIPS:
       ns = lambda c: c / CHIPS[shape.chip][0] / shape.head_tokens
       row += [ns(once), floor(shape, False), ns(twice), floor(shape, True)]

@@ -40,9 +40,10 @@ def inputs(b: int, t: int, h: int, d: int, m: int):
   return (q, k, v, normal(b, t, h, m), *gates)
 
 
-def step(implementation: str, chunk_size: int = C) -> Callable:
+def step(implementation: str, chunk_size: int = C, curvature: float = 0.0) -> Callable:
   """Forward and backward of the op."""
-  call = functools.partial(trellis, chunk_size=chunk_size, implementation=implementation)
+  knobs = dict(chunk_size=chunk_size, curvature=curvature)
+  call = functools.partial(trellis, implementation=implementation, **knobs)
   loss = lambda x: jnp.sum(call(*x)[0] ** 2)
   return jax.jit(jax.grad(loss))
 
@@ -87,6 +88,9 @@ def rows() -> list[list]:
     found.append(compare(f"reference / xla {size}", (step("reference"), x), (xla, x), 3))
     found.append(compare(f"plain autodiff / xla {size}", (autodiff(), x), (xla, x), 9))
     found.append(compare(f"exact, C = 1 / C = {C} {size}", (step("xla", 1), x), (xla, x), 9))
+    for c in (C, 64):
+      both = (step("xla", c, 1.0), x), (step("xla", c), x)
+      found.append(compare(f"linearised / stale, C = {c} {size}", *both, 9))
   return found
 
 

@@ -41,6 +41,7 @@ class Case(NamedTuple):
   B: int = 1
   T: int = 1024
   dtype: str = "bfloat16"
+  curvature: float = 0.0
 
   @property
   def head_tokens(self) -> int:
@@ -71,7 +72,7 @@ def _program(case: Case, place):
   from trellis_jax.ops import chunked
   from trellis_jax.ops.spec import Spec
 
-  spec = Spec(chunk_size=case.C).check()
+  spec = Spec(chunk_size=case.C, curvature=case.curvature).check()
   b, t, h, m, widths = case.B, case.T, case.H, case.M, (case.D, case.V)
   low = lambda w: place((b, t, h, w), case.dtype)
   gate = place((b, t, h), "float32")

@@ -11,6 +11,12 @@ memory after the chunk, and P_bar the product that a pair's cotangent is, times 
   written       G_bar -= end (S'_bar W^T),  (Z_bar, A_bar) = pullback of U at g G_bar,
                 W_bar += Z_bar^T S - (end G)^T S'_bar,  S_bar += keep S'_bar + rho Z_bar W
 
+Linearised chunks (rho h in place of h in T_rho) have U_0_bar = (g G_bar) T_rho, of which Z_bar and
+the targets' A_bar are made, and besides, A being the pairs of `_tpu_chunk`,
+
+  written       G_bar -= rho h U_0_bar A,  Z_bar += rho h (before - 1) U_0_bar,
+                P_bar[t,s] = -rho h (u_0_bar_t . g_s) before,  W_bar += (P_bar + P_bar^T) W
+
 The log decay's cotangent is, at t, sum_s of a pair's times its decay and, at s, less sum_t of it.
 Both are sums over slots of products that are there already, with the operands as the products took
 them: so what t = s adds to one is what it takes from the other.
@@ -18,6 +24,7 @@ them: so what t = s adds to one is what it takes from the other.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +102,40 @@ def _keys_read_back(t: Tiles, r_bar, keys, read, gates):
   return y_bar, step_bar, q_bar, k_bar, (decay, carry, fresh)
 
 
-def _write_back(t: Tiles, rho, pass_, gates, s_bar, step_bar, columns, rows, decays):
+class Gone(NamedTuple):
+  """Cotangents of the gates by which a pass is linearised, rows [1, L] per pack."""
+
+  behind: list
+  before: list
+  low: list
+
+
+def _follow_back(t: Tiles, spec, pass_, gates, u_bar):
+  """Returns (U_0_bar, what G_bar, Z_bar and natural W_bar get besides, Gone)."""
+  ahead, rho = pass_.ahead, spec.outer_gradient
+  if rho == 1:
+    u_bar = each(lambda u, solver: u + t.dot(u, solver), u_bar, ahead.solver)
+  elif rho:
+    solver = t.inverses([rho * a for a in ahead.scaled])
+    u_bar = each(lambda u, x: u + t.dot(u, t.own(x)), u_bar, solver)
+  h = rho * spec.curvature
+  back = each(lambda u, a: -h * t.dot(u, a), u_bar, ahead.alike)
+  z_bar = each(lambda u, b: (h * b) * u, u_bar, row(gates, Gate.BEHIND))
+  pairs = each(lambda u, g, d: t.pairs(t.tokens(u), g) * (-h * d), u_bar, pass_.step, ahead.before)
+  w_bar = each(lambda p, w: t.mix(t.low(p), w) + t.mix(t.natural(p), w), pairs, pass_.w)
+  gone = Gone(
+    behind=each(lambda u, z: h * _over_slots(u * z), u_bar, ahead.z),
+    before=each(lambda u, x: -rho * _over_slots(u * x), u_bar, ahead.change),
+    low=each(lambda g, x: -_over_slots(g * x), pass_.step, back),
+  )
+  return u_bar, back, z_bar, w_bar, gone
+
+
+def _write_back(t: Tiles, spec, pass_, gates, s_bar, step_bar, columns, rows, decays):
   """Cotangents of a pass's write.
 
   Args:
-    t, rho: tiles, outer gradient.
+    t, spec: tiles; outer gradient and curvature.
     pass_: the write.
     gates: of the packs.
     s_bar: of the memory after the chunk.
@@ -108,15 +144,23 @@ def _write_back(t: Tiles, rho, pass_, gates, s_bar, step_bar, columns, rows, dec
     decays: keep and renew, per pack.
 
   Returns:
-    (S_bar, init_bar or None, W_bar natural, A_bar, step_bar [1, L], end_bar [1, L]).
+    (S_bar, init_bar or None, W_bar natural, A_bar, step_bar [1, L], end_bar [1, L], Gone or
+    None for stale chunks).
   """
   low = each(t.low, s_bar)
   pull = each(lambda s, w: t.dot(s, w, NT), low, pass_.w)
   step_bar = each(lambda b, p, e: b - p * e, step_bar, pull, row(gates, Gate.END))
   end = each(lambda g, p: -_over_slots(g * p), pass_.step, pull)
+  u_bar = each(jnp.multiply, step_bar, row(gates, Gate.STEP))
+  more_z = more_w = behind = None
+  if pass_.ahead is not None:
+    u_bar, back, more_z, more_w, behind = _follow_back(t, spec, pass_, gates, u_bar)
+    step_bar = each(jnp.add, step_bar, back)
   step = each(lambda u, b: _over_slots(u * b), pass_.u, step_bar)
-  bars = each(lambda f, b, g: f(b * g), pass_.pull, step_bar, row(gates, Gate.STEP))
-  z_bar = [rho * z for z, _ in bars]
+  bars = each(lambda f, u: f(u), pass_.pull, u_bar)
+  z_bar = [spec.outer_gradient * z for z, _ in bars]
+  if more_z is not None:
+    z_bar = each(jnp.add, z_bar, more_z)
   gone = each(lambda g, e: -g * e, pass_.step, row(gates, Gate.END))
   keep, renew = decays
   entered = row(gates, Gate.ENTERED)
@@ -141,7 +185,9 @@ def _write_back(t: Tiles, rho, pass_, gates, s_bar, step_bar, columns, rows, dec
     init_bar = each(product, fresh, rows, others, pass_.w)
     init_bar = each(lambda d, s, x: d * s + x, renew, s_bar, init_bar)
     w_bar = each(lambda w, z, s: w + t.through(t.tokens(z), s), w_bar, others, pass_.init)
-  return s_new, init_bar, w_bar, [a for _, a in bars], step, end
+  if more_w is not None:
+    w_bar = each(jnp.add, w_bar, more_w)
+  return s_new, init_bar, w_bar, [a for _, a in bars], step, end, behind
 
 
 def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
@@ -179,10 +225,9 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
   x = each(lambda pull, ct: t.low(pull(ct.astype(F32))), read.pull_o, o_bar)
   x_rows, r_bar, step_v, v_bar, gates_v = _read_back(t, x, values, read, gates)
   decays = [(decay(keep_refs, j), decay(renew_refs, j)) for j in range(2)]
-  rho = spec.outer_gradient
-  back_v = _write_back(t, rho, values, gates, s_bars[1], step_v, read.r, x_rows, decays[1])
+  back_v = _write_back(t, spec, values, gates, s_bars[1], step_v, read.r, x_rows, decays[1])
   y_bar, step_k, q_bar, k_bar, gates_k = _keys_read_back(t, r_bar, keys, read, gates)
-  back_k = _write_back(t, rho, keys, gates, s_bars[0], step_k, y_bar, read.q, decays[0])
+  back_k = _write_back(t, spec, keys, gates, s_bars[0], step_k, y_bar, read.q, decays[0])
 
   add = lambda x, y: None if x is None else each(jnp.add, x, y)
   store(q_bar_ref, q_bar)
@@ -196,8 +241,13 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
     Gate.CARRY: add(gates_k[1], gates_v[1]),
     Gate.FRESH: add(gates_k[2], gates_v[2]),
   }
+  if spec.curvature:
+    gone = Gone(*map(add, back_k[6], back_v[6]))
+    rows[Gate.LOW] = [x + math.log(2) * y for x, y in zip(rows[Gate.LOW], gone.low)]
+    rows[Gate.BEFORE_LOW] = [math.log(2) * x for x in gone.before]
+    rows[Gate.BEHIND] = gone.behind
   none = [jnp.zeros((1, plan.L), F32)] * len(q)
-  tiles = zip(*(rows.get(r) or none for r in range(Gate.ROWS)))
+  tiles = zip(*(rows.get(r) or none for r in range(plan.gates)))
   store(gates_bar_ref, [jnp.concatenate(tile, 0) for tile in tiles])
   product = lambda s, b: _over_slots(s.astype(F32) * b)
   for j, s_bar in enumerate(s_bars):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import Plan
 
 # Rows of an fp32 tile: as many chunks share a block of decays.
@@ -62,7 +61,7 @@ class Blocks:
     return self._spec(self.plan.K * self.plan.C, width, self.index)
 
   def gates(self):
-    return self._spec(self.plan.K * Gate.ROWS, self.plan.C, self.index)
+    return self._spec(self.plan.K * self.plan.gates, self.plan.C, self.index)
 
   def decays(self, width):
     return self._spec(SUBLANES, width, lambda c: self.index(c) * self.plan.K // SUBLANES)

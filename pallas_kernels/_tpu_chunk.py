@@ -8,8 +8,12 @@ memories at the chunk's start and the gates of `_tpu_layout.Gate`:
   O = carry (R^T S_v) - P_v V,      P_v[t,s] = (r_t . g_s) decay[t,s],   o = phi_out(O)
   S <- keep S - (end G) W
 
-A token after a restart has `fresh` in place of `carry` and `init` in place of S; what is left of
-`init` at the end is `renew`.
+Linearised chunks (curvature h) have, with before the decay to just before t,
+
+  A[t,s] = (w_t . w_s) before[t,s],  T = (I + h A diag(g))^-1,  U = (U_0 + h (before - 1) Z) T^T
+
+for U_0 as above. A token after a restart has `fresh` in place of `carry` and `init` in place of S;
+what is left of `init` at the end is `renew`.
 """
 
 from typing import NamedTuple
@@ -25,7 +29,8 @@ class Write(NamedTuple):
   """A pass of a chunk, per pack.
 
   w: rows [L, P W] of W, each with the lanes of its head; memory: as it came; low, init: memories
-  as operands; u: U and its pullback; step: G, and as an operand.
+  as operands; u: U; pull: the pullback of U_0; step: G, and as an operand; ahead: of linearised
+  chunks, else None.
   """
 
   w: list
@@ -36,6 +41,22 @@ class Write(NamedTuple):
   pull: list
   step: list
   low_step: list
+  ahead: "Ahead | None"
+
+
+class Ahead(NamedTuple):
+  """What linearises a pass of a chunk, per pack.
+
+  z: Z; before, scaled: pairs, the latter h A diag(g); alike, solver: A and T - I as operands [L, L]
+  with zeros where heads differ; change: h A G, [M, L].
+  """
+
+  z: list
+  before: list
+  scaled: list
+  alike: list
+  solver: list
+  change: list
 
 
 def row(gates, which: int):
@@ -54,9 +75,23 @@ def write(t: Tiles, spec, natural, targets, gates, memory, init) -> Write:
     z = each(lambda e, z, z0: jnp.where(e > 0, z, z0), row(gates, Gate.ENTERED), z, z_init)
   over = t.over_slots()
   out = each(lambda z, a: activations.inner(spec.phi, z, a, spec.phi_eps, over), z, targets)
-  u = [x for x, _ in out]
+  u, ahead = [x for x, _ in out], None
+  if spec.curvature:
+    u, ahead = _linearise(t, spec.curvature, natural, w, gates, z, u)
   step = each(lambda u, g: u * g, u, row(gates, Gate.STEP))
-  return Write(w, memory, low, init, u, [pull for _, pull in out], step, each(t.low, step))
+  return Write(w, memory, low, init, u, [pull for _, pull in out], step, each(t.low, step), ahead)
+
+
+def _linearise(t: Tiles, h, natural, w, gates, z, u):
+  """Returns (U, Ahead) for U_0."""
+  before = each(lambda g: t.decays(g, before=True), gates)
+  pairs = each(lambda x, w, d: t.cross(x, w) * d, natural, w, before)
+  scaled = each(lambda p, g: p * (h * g), pairs, row(gates, Gate.STEP))
+  solver = each(t.own, t.inverses(scaled))
+  right = each(lambda u, z, b: u + (h * b) * z, u, z, row(gates, Gate.BEHIND))
+  change = each(lambda x, solver: -t.dot(x, solver, NT), right, solver)
+  u = each(jnp.subtract, right, change)
+  return u, Ahead(z, before, scaled, each(t.own, pairs), solver, change)
 
 
 def ended(t: Tiles, gates, memory, init, decays, pass_: Write):

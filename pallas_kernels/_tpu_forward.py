@@ -17,7 +17,6 @@ from pallas_kernels import _tpu_blocks as blocks
 from pallas_kernels import _tpu_chunk as chunk
 from pallas_kernels import _tpu_plan as plans
 from pallas_kernels._tpu_blocks import SUBLANES
-from pallas_kernels._tpu_layout import Gate
 from pallas_kernels._tpu_plan import Plan
 from pallas_kernels._tpu_tiles import F32, Tiles, each
 
@@ -48,7 +47,7 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool, save: bool):
     at = lambda n: pl.ds(pl.multiple_of(i * n, n), n)
     token = at(plan.C)
     q, k, v, a = (load(ref, token) for ref in (q_ref, k_ref, v_ref, a_ref))
-    gates = load(gates_ref, at(Gate.ROWS))
+    gates = load(gates_ref, at(plan.gates))
     this = pl.ds((step * plan.K + i) % SUBLANES, 1)
     decay = lambda refs, j: None if refs is None else load(refs[j], this)
     memories = [load(ref) for ref in end_refs]

@@ -2,7 +2,7 @@ r"""Around the TPU kernels: arrays to and from the kernels' layout, in plain JAX
 
 Tokens keep the order of memory, [B, N, H, W] -> [B, N, H W], with heads of zeros to fill the last
 pack and empty chunks to fill the last step; neither writes. Memories become [B, M, H W]. The gates,
-a few numbers a token, become rows on the lanes of a pack (`Gate`), [B, 8 chunks, H C]; their
+a few numbers a token, become rows on the lanes of a pack (`Gate`), [B, gates chunks, H C]; their
 gradients come back through JAX's own derivative of `gates`.
 """
 
@@ -26,15 +26,16 @@ class Gate:
   HIGH + LOW: log2 of the decay from the chunk's start through t, where a restart counts 2^-256;
   STEP: the inner step g; END: the decay from after t to the chunk's end; CARRY and FRESH: the
   decay from the chunk's start, or from the restart before t, the other one being 0; ENTERED:
-  whether the chunk has no restart before t.
+  whether the chunk has no restart before t. Linearised chunks have more: BEFORE_HIGH + BEFORE_LOW,
+  as the first two, to just before t; BEHIND: that decay, of t's run, less 1.
   """
 
   HIGH, LOW, STEP, END, CARRY, FRESH, ENTERED = range(7)
-  ROWS = 8
+  BEFORE_HIGH, BEFORE_LOW, BEHIND = range(8, 11)
 
 
 class Gates(NamedTuple):
-  """rows [B, 8 chunks, H C]; keep, renew [B, chunks, H]: what the end has of S and of `init`."""
+  """rows [B, gates chunks, H C]; keep, renew [B, chunks, H]: the end's parts of S and of `init`."""
 
   rows: jax.Array
   keep: jax.Array
@@ -66,12 +67,22 @@ def gates(plan: Plan, log_beta, gamma, run) -> Gates:
     run = cut(run)
     same = (run[..., :, None] == run[..., None, :]).astype(jnp.float32)
     entered = (run == before).astype(jnp.float32)[..., None]
-    rows[0] = rows[0] - RESTART * (run - before).astype(jnp.float32)[..., None]
+    restarts = RESTART * (run - before).astype(jnp.float32)[..., None]
+    rows[0] = rows[0] - restarts
     carry = decay(same * lower[None, None])
     keep, renew = carry[:, :, -1] * entered[:, :, -1], carry[:, :, -1] * (1 - entered[:, :, -1])
     rows += [same[:, :, -1, :, None] * decay(later), carry * entered, carry * (1 - entered)]
     rows += [jnp.broadcast_to(entered, carry.shape)]
-  rows += [jnp.zeros_like(carry)] * (Gate.ROWS - len(rows))
+  none = jnp.zeros_like(carry)
+  if plan.gates > 8:
+    before = np.tril(lower, -1)
+    rows += [none] * (8 - len(rows)) + [through(before, high), through(before, low)]
+    if run is None:
+      rows += [decay(before) - 1]
+    else:
+      rows[Gate.BEFORE_HIGH] = rows[Gate.BEFORE_HIGH] - restarts
+      rows += [decay(same * before[None, None]) - 1]
+  rows += [none] * (plan.gates - len(rows))
   more = ((0, 0), (0, 0), (0, plan.heads[1] - h))
   rows = jnp.pad(jnp.stack(rows, 2), ((0, 0), (0, 0), *more))
   rows = jnp.swapaxes(rows, 3, 4).reshape(b, -1, plan.heads[1] * plan.C)

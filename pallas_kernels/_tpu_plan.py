@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     R: rows of the batch of a program, for the same where one row has few packs.
     K: chunks of a program's step.
     chunks: of a row, a multiple of K.
+    gates: rows of a chunk's gates, see `_tpu_layout.Gate`.
     bf16: whether matrix products take bfloat16 operands; sums and states are fp32 always.
   """
 
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
   R: int
   K: int
   chunks: int
+  gates: int
   bf16: bool
 
   @property
@@ -95,4 +97,5 @@ def make(spec, inputs, packs: int, chunks: int) -> Plan:
   n = slots // c
   k = min(chunks, n)
   padded = math.ceil(least / g) * g * p
-  return Plan(c, d, v, m, (heads, padded), p, g, max(rows, default=1), k, math.ceil(n / k) * k, low)
+  r, chunks, gates = max(rows, default=1), math.ceil(n / k) * k, 16 if spec.curvature else 8
+  return Plan(c, d, v, m, (heads, padded), p, g, r, k, chunks, gates, low)

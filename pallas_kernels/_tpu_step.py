@@ -3,7 +3,7 @@ r"""One token, for decoding: both memories written and read in one kernel.
 A program takes G heads of a row. With S the running memory and A that of the chunk's start, both
 the initial one behind a restart, and A = S where a chunk opens, first for keys, then for values:
 
-  z = A w,   u = J_phi(z)^T (phi(z) - a),   S <- b S - g u w^T
+  z = A w,   u = J_phi(z)^T (phi(z) - a) + h (S w - z),   S <- b S - g u w^T
   o = phi_out(S_v^T f(S_k q))
 
 All in fp32 and without matrix products but one, which turns the targets: a token reads and writes
@@ -61,6 +61,10 @@ def _kernel(flags, gates, q, k, v, a, s_k, s_v, a_k, a_v, init_k, init_v, o, *ou
     anchor = lambda h: jnp.where(opens, start(s_ref, h), start(anchor_ref, h))
     z = [jnp.sum(anchor(h) * row(w, h), axis=1, keepdims=True) for h in range(heads)]
     u, _ = activations.inner(spec.phi, _columns(z), targets, spec.phi_eps, _over(0, m))
+    if spec.curvature:
+      come = lambda h: (start(s_ref, h) - anchor(h)) * row(w, h)
+      come = [jnp.sum(come(h), axis=1, keepdims=True) for h in range(heads)]
+      u = u + spec.curvature * _columns(come)
     for h in range(heads):
       at = 2 * (first + h)
       decay, rate = gates[at], gates[at + 1]

@@ -144,26 +144,61 @@ class Tiles:
       [self.dot(pairs[:, tokens], rows[tokens, lanes]) for _, _, tokens, lanes in groups]
     )
 
-  def decays(self, gates):
-    """exp of the log decay from after s through t, as pairs, 0 for s > t.
+  def decays(self, gates, before: bool = False):
+    """exp of the log decay from after s through t, or to just before t, as pairs; else 0.
 
-    gates: the rows [8, L] of `_tpu_layout.Gate`. The exponent's large part is a difference of
+    gates: the rows of `_tpu_layout.Gate`. The exponent's large part is a difference of
     multiples of 1/16, exact, and the small part is small, so nothing cancels; bfloat16 operands
     hide more than what fp32 alone loses.
     """
     shape = (self.C, self.L)
     head, s = _iota(shape, 1) // self.C, _iota(shape, 1) % self.C
 
-    def less(row):
-      column = jnp.broadcast_to(row, (Gate.ROWS, self.L)).T[:, 0:1]
+    def less(to, row):
+      column = jnp.broadcast_to(to, (8, self.L)).T[:, 0:1]
       at_t = column[: self.C]
       for h in range(1, self.P):
         at_t = jnp.where(head == h, column[h * self.C : (h + 1) * self.C], at_t)
       return at_t - row
 
-    high, low = gates[Gate.HIGH : Gate.HIGH + 1], gates[Gate.LOW : Gate.LOW + 1]
-    exponent = less(high + low) if self.plan.bf16 else less(high) + less(low)
-    return jnp.exp2(jnp.where(_iota(shape, 0) >= s, exponent, -1e30))
+    row = lambda which: gates[which : which + 1]
+    high, low = row(Gate.HIGH), row(Gate.LOW)
+    to_high, to_low = (row(Gate.BEFORE_HIGH), row(Gate.BEFORE_LOW)) if before else (high, low)
+    if self.plan.bf16:
+      exponent = less(to_high + to_low, high + low)
+    else:
+      exponent = less(to_high, high) + less(to_low, low)
+    t = _iota(shape, 0)
+    return jnp.exp2(jnp.where(t > s if before else t >= s, exponent, -1e30))
+
+  def inverses(self, pairs):
+    """(I + A)^-1 - I for strictly lower A, all packs' pairs, by halving (`ops/triangular.py`).
+
+    All blocks of a size at once: with I + X inverse up to blocks of n tokens, and B what A has
+    below them in blocks of 2 n, X <- X - (I + X) B (I + X). That changes every second block's rows,
+    and those alone are multiplied where they are whole tiles.
+    """
+    shape = (self.C, self.L)
+    t, s = _iota(shape, 0), _iota(shape, 1) % self.C
+    below = lambda a, n: jnp.where((t // n == s // n + 1) & (t // n % 2 == 1), a, 0.0)
+    x, n = [-below(a, 1) for a in pairs], 2
+    while n < self.C:
+      whole = n % 8 != 0
+      cut = lambda x, odd: [x[i : i + n] for i in range(n * odd, self.C, 2 * n)]
+      rows = lambda x: x if whole else jnp.concatenate(cut(x, 1), 0)
+      b = each(lambda a: below(a, n), pairs)
+      y = each(lambda x, b: rows(b) + self.dot(rows(x), self.own(b)), x, b)
+      new = each(lambda x, y: rows(x) - y - self.dot(y, self.own(x)), x, y)
+      if not whole:
+        new = each(lambda x, z: self._alternate(cut(x, 0), z), x, new)
+      x, n = new, 2 * n
+    return x
+
+  def _alternate(self, even, odd):
+    """Blocks of rows, every second one from the rows `odd`."""
+    n = even[0].shape[0]
+    odd = [odd[i : i + n] for i in range(0, odd.shape[0], n)]
+    return jnp.concatenate([x for pair in zip(even, odd) for x in pair], 0)
 
   def over_slots(self) -> Over:
     """Means over the slots of columns."""

@@ -25,7 +25,8 @@ from pallas_kernels import _tpu_plan as plans
 
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""
-  return _support.reasons(spec, shapes, None if plans.interpret() else ("tpu",))
+  platforms = None if plans.interpret() else ("tpu",)
+  return _support.reasons(spec, shapes, platforms, linearised=True)
 
 
 def kernel_arrays(plan, inputs, gates, start, init):

@@ -35,6 +35,21 @@ def test_segments_from_a_state_with_nan_in_memory_and_races_reported():
   _check(tpu_kernels.STRICT, arrays, memory, op_cases.state(arrays, 64), ids, knobs)
 
 
+def test_linearised_chunks_of_segments_from_a_state():
+  arrays, memory = tpu_kernels.case(t=101)
+  knobs = dict(chunk_size=64, eps=1e-3, curvature=1.0)
+  ids = tpu_kernels.segments(101)
+  _check(tpu_kernels.STRICT, arrays, memory, op_cases.state(arrays, 64), ids, knobs)
+
+
+@pytest.mark.parametrize("rho", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk_size", [16, pytest.param(32, marks=pytest.mark.slow)])
+def test_linearised_chunks_of_other_sizes_and_a_tempered_outer_gradient(chunk_size, rho):
+  arrays, memory = tpu_kernels.case(b=1, t=70, h=3, d=128, v=64, m=32)
+  knobs = dict(phi="l2_silu", chunk_size=chunk_size, outer_gradient=rho, curvature=0.7)
+  _check(True, arrays, memory, None, None, knobs)
+
+
 def test_other_activations_widths_and_a_tempered_outer_gradient():
   arrays, memory = tpu_kernels.case(b=1, t=40, h=3, d=128, v=64, m=32)
   knobs = dict(phi="l2_silu", f="silu", phi_out="identity", chunk_size=32, outer_gradient=0.5)
@@ -65,14 +80,15 @@ def test_every_activation_and_outer_gradient(phi, rho):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [16, 64])
-def test_bf16_operands(chunk_size):
+@pytest.mark.parametrize("chunk_size, curvature", [(16, 0.0), (64, 0.0), (16, 1.0), (64, 1.0)])
+def test_bf16_operands(chunk_size, curvature):
   arrays, memory = tpu_kernels.case(b=4, t=150)  # two rows a program
   low = (*(x.astype(jnp.bfloat16) for x in arrays[:4]), *arrays[4:])
   exact = tuple(x.astype(jnp.float32) for x in low)
+  knobs = dict(chunk_size=chunk_size, curvature=curvature)
   with tpu_kernels.interpreted():
-    got = tpu_kernels.value_and_grads("mosaic_tpu", low, memory, chunk_size=chunk_size)
-  want = tpu_kernels.value_and_grads("reference", exact, memory, chunk_size=chunk_size)
+    got = tpu_kernels.value_and_grads("mosaic_tpu", low, memory, **knobs)
+  want = tpu_kernels.value_and_grads("reference", exact, memory, **knobs)
   assert got[0][0].dtype == jnp.bfloat16 and got[0][1].memory_k.dtype == np.float32
   assert op_cases.distance(got[0], want[0]) <= tpu_kernels.BF16
   for x, y in zip(got[1], want[1], strict=True):
@@ -80,11 +96,17 @@ def test_bf16_operands(chunk_size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
 @pytest.mark.parametrize("split", [5, 32, 41])
-def test_any_split_is_exact(split):
+def test_any_split_is_exact(split, curvature):
   arrays, memory = tpu_kernels.case(t=70)
   run = lambda x, **kw: trellis(
-    *x, initial_memory=memory, chunk_size=32, implementation="mosaic_tpu", **kw
+    *x,
+    initial_memory=memory,
+    chunk_size=32,
+    curvature=curvature,
+    implementation="mosaic_tpu",
+    **kw,
   )
   part = lambda at: tuple(x[:, at] for x in arrays)
   with tpu_kernels.interpreted():
@@ -95,12 +117,14 @@ def test_any_split_is_exact(split):
   assert op_cases.distance(got, want) <= 1e-6
 
 
-@pytest.mark.parametrize("h", [3, pytest.param(16, marks=pytest.mark.slow)])
-def test_single_tokens_go_through_chunks_padding_and_restarts(h):
+@pytest.mark.parametrize(
+  "h, curvature", [(3, 0.0), (3, 1.0), pytest.param(16, 0.0, marks=pytest.mark.slow)]
+)
+def test_single_tokens_go_through_chunks_padding_and_restarts(h, curvature):
   arrays, memory = tpu_kernels.case(t=40, h=h, d=64, v=128, m=32)
   ids = jnp.asarray([[1] * 9 + [0] * 2 + [2] * 29, [3] * 35 + [4] * 5], jnp.int32)
   run = lambda name: op_cases.single_tokens(
-    name, arrays, memory, ids, phi="l2_silu", phi_out="silu"
+    name, arrays, memory, ids, phi="l2_silu", phi_out="silu", curvature=curvature
   )
   with tpu_kernels.interpreted():
     got, grads = run("mosaic_tpu")
