@@ -35,7 +35,10 @@ COUNTS = ("registers", "shared_bytes", "spill_bytes", "instructions")
 
 
 class Shape(NamedTuple):
-  """A shape that the kernels support; restarts: whether rows hold several segments."""
+  """A shape that the kernels support.
+
+  restarts: whether rows hold several segments; linearised: whether chunks have a curvature.
+  """
 
   D: int = 64
   V: int = 64
@@ -43,6 +46,7 @@ class Shape(NamedTuple):
   C: int = 64
   dtype: str = "bfloat16"
   restarts: bool = False
+  linearised: bool = False
 
 
 class Kernel(NamedTuple):
@@ -55,14 +59,21 @@ class Kernel(NamedTuple):
 
 
 def shapes() -> Iterator[Shape]:
-  """Every supported shape in bf16; the squares with restarts, in fp32, and in fp32 with both."""
+  """Every supported shape in bf16; the squares with restarts, in fp32, and in fp32 with both.
+
+  Then those squares with linearised chunks.
+  """
   for m in SLOTS:
     for d in WIDTHS:
       for v in WIDTHS:
         yield from (Shape(d, v, m, c) for c in CHUNKS)
-  for dtype, restarts in (("bfloat16", True), ("float32", False), ("float32", True)):
+  rest = ("bfloat16", True), ("float32", False), ("float32", True)
+  for dtype, restarts in rest:
     for d in WIDTHS:
       yield from (Shape(d, d, d, c, dtype, restarts) for c in CHUNKS)
+  for dtype, restarts in (("bfloat16", False), *rest):
+    for d in WIDTHS:
+      yield from (Shape(d, d, d, c, dtype, restarts, linearised=True) for c in CHUNKS)
 
 
 def mesh(*axes: tuple[str, int], kind=AxisType.Explicit) -> AbstractMesh:
@@ -86,8 +97,8 @@ def lower(shape: Shape, tokens: int = 2048):
   segments = array(b, t, dtype="int32") if shape.restarts else None
 
   def loss(x, segments):
-    run = dict(segment_ids=segments, chunk_size=shape.C, implementation="triton_gpu")
-    return jnp.sum(trellis(*x, **run)[0].astype(jnp.float32) ** 2)
+    run = dict(segment_ids=segments, chunk_size=shape.C, curvature=float(shape.linearised))
+    return jnp.sum(trellis(*x, **run, implementation="triton_gpu")[0].astype(jnp.float32) ** 2)
 
   with jax.sharding.use_abstract_mesh(mesh()):
     traced = jax.jit(jax.value_and_grad(loss)).trace(x, segments)
@@ -194,10 +205,23 @@ def worse(found: list[dict], table: list[dict]) -> list[str]:
 
 def report(found: list[dict], command: str, versions: str) -> str:
   """The text of kernel_gpu.md."""
-  columns = ["kernel", "D", "V", "M", "C", "dtype", "restarts", "warps", "registers", "shared KiB"]
+  columns = [
+    "kernel",
+    "D",
+    "V",
+    "M",
+    "C",
+    "dtype",
+    "restarts",
+    "linearised",
+    "warps",
+    "registers",
+    "shared KiB",
+  ]
   columns += ["spilt bytes", "instructions"]
   rows = [
-    [x["kernel"], *(x[n] for n in "DVMC"), x["dtype"], "yes" if x["restarts"] else "no"]
+    [x["kernel"], *(x[n] for n in "DVMC"), x["dtype"]]
+    + ["yes" if x[n] else "no" for n in ("restarts", "linearised")]
     + [x["warps"], x["registers"], f"{x['shared_bytes'] / 1024:.0f}"]
     + [x["spill_bytes"], x["instructions"]]
     for x in found
@@ -206,9 +230,8 @@ def report(found: list[dict], command: str, versions: str) -> str:
   spilt = [x for x in found if x["spill_bytes"]]
   clean = "No kernel spills."
   if spilt:
-    at = lambda x: (
-      f"{x['dtype']}{' with restarts' * x['restarts']}, D {x['D']}, V {x['V']}, M {x['M']}"
-    )
+    traits = lambda x: " with restarts" * x["restarts"] + ", linearised" * x["linearised"]
+    at = lambda x: "{dtype}{}, D {D}, V {V}, M {M}".format(traits(x), **x)
     where = "; ".join(dict.fromkeys(map(at, spilt)))
     clean = f"{len(spilt)} of {len(found)} rows spill: {where}."
   return f"""    {command}

@@ -13,20 +13,16 @@ def _platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def reasons(
-  spec, shapes, platforms: tuple[str, ...] | None, linearised: bool = False
-) -> str | None:
+def reasons(spec, shapes, platforms: tuple[str, ...] | None) -> str | None:
   """Returns None, or every reason why a backend's kernels cannot run a call here.
 
   Args:
     spec, shapes: as `trellis_jax.ops.backends` has them.
     platforms: where the backend runs; None for an interpreter, which runs anywhere.
-    linearised: whether the kernels have linearised chunks.
   """
   checks = [] if platforms is None else [("platform", _platform(), platforms)]
   checks += [("D", shapes.D, WIDTHS), ("V", shapes.V, WIDTHS), ("M", shapes.M, SLOTS)]
   checks += [("chunk_size", spec.chunk_size, CHUNKS), ("dtype", shapes.dtype, DTYPES)]
-  checks += [] if linearised else [("curvature", spec.curvature, (0.0,))]
   checks += [(role, getattr(spec, role), ACTIVATIONS) for role in ("phi", "f", "phi_out")]
   found = [
     f"{name} is {given}, not one of {', '.join(map(str, accepted))}"

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as pltriton
 
 warnings.filterwarnings("ignore", message=".*Triton.*deprecated.*", category=DeprecationWarning)
 
+LEAST_STEP = 1e-20
 BLOCK = 64  # tokens that one program of the parallel kernels takes
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 _interpreting = False
@@ -38,11 +39,13 @@ class Plan(NamedTuple):
   phi_eps: float
   eps: float
   rho: float
+  curvature: float
 
   @classmethod
   def of(cls, spec, dtype, runs: bool) -> "Plan":
     """Returns the plan of the op's `spec` for values of `dtype`."""
-    knobs = (spec.phi, spec.f, spec.phi_out, spec.phi_eps, spec.eps, spec.outer_gradient)
+    knobs = (spec.phi, spec.f, spec.phi_out, spec.phi_eps, spec.eps)
+    knobs += spec.outer_gradient, spec.curvature
     chunk, precision = spec.chunk_size, spec.precision
     return cls(chunk, jnp.dtype(dtype), runs, _interpreting, precision, *knobs)
 
@@ -50,6 +53,10 @@ class Plan(NamedTuple):
   def fast(self) -> bool:
     """Whether sigmoids may be as coarse as the operands are."""
     return self.operand == jnp.bfloat16
+
+  def step(self, gamma):
+    """The inner steps as the kernels take them: in linearised chunks u is had from g u again."""
+    return jnp.maximum(gamma, LEAST_STEP) if self.curvature else gamma
 
 
 @contextlib.contextmanager
@@ -144,9 +151,19 @@ def wait(plan: Plan):
 
 
 def call(
-  plan: Plan, kernel, grid, in_specs, out_specs, out_shape, *, warps: int, stages: int, aliases=None
+  plan: Plan,
+  kernel,
+  grid,
+  in_specs,
+  out_specs,
+  out_shape,
+  *,
+  warps: int,
+  stages: int,
+  aliases=None,
+  name: str = "",
 ):
-  """Returns the launch of `kernel` as a function of its arrays; the kernel's name is the launch's.
+  """Returns the launch of `kernel` as a function of its arrays.
 
   Args:
     plan: says whether to interpret.
@@ -156,6 +173,7 @@ def call(
     out_shape: (shape, dtype) of each output.
     warps, stages: Triton's, per program and per pipelined loop.
     aliases: input -> output, by position, that are one array.
+    name: of the launch; "" is the kernel's.
   """
   return pl.pallas_call(
     kernel,
@@ -166,7 +184,7 @@ def call(
     compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
     input_output_aliases=aliases or {},
     interpret=plan.interpret,
-    name=kernel.__name__,
+    name=name or kernel.__name__,
   )
 
 

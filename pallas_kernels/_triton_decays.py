@@ -81,6 +81,17 @@ def stale(decays: Decays, chunk: int, entered):
   return Decays(hi, lo, first, carry, at(decays.entered, True) & entered)
 
 
+def before(decays: Decays, run):
+  """Returns the decays as a token's memory before it sees them; `stale` of chunks of one token.
+
+  `decays` are of stretches of any length, run [B N] or None.
+  """
+  if run is None:
+    return stale(decays, 1, None)
+  same = run == jnp.pad(run[:, :-1], [(0, 0), (1, 0)])
+  return stale(decays, 1, same.reshape(run.shape[0], 1, -1, decays.hi.shape[-1]))
+
+
 def total(parts, first):
   """Returns the gradient of log_beta, [B H n L], from what `parts` [B H n L] hold by token.
 

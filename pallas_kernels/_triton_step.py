@@ -3,7 +3,7 @@ r"""One token, for decoding: both memories written and read in one launch.
 One program per row and head. With S the running memory and A that of the chunk's start, both the
 initial one behind a restart, and A = S where a chunk opens, first for keys, then for values:
 
-  z = A w,   u = J_phi(z)^T (phi(z) - a),   S <- b S - g u w^T
+  z = A w,   u = J_phi(z)^T (phi(z) - a) + h (S w - z),   S <- b S - g u w^T
   o = phi_out(S_v^T f(S_k q))
 
 All in fp32 and without matrix products: a token reads and writes every memory once, which is what
@@ -28,6 +28,8 @@ def _write(plan, flags, decay, rate, a, w, refs):
   anchor = jax.lax.cond(flags[OPENS] > 0, lambda: s, lambda: start(anchor_ref))
   z = jnp.sum(anchor * w[None, :], axis=1)
   u = activations.inner_gradient(plan, plan.phi, z, a, plan.phi_eps)
+  if plan.curvature:
+    u = u + plan.curvature * jnp.sum((s - anchor) * w[None, :], axis=1)
   new = decay * s - (rate * u)[:, None] * w[None, :]
 
   @pl.when(flags[LIVE] > 0)

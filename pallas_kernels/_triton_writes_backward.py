@@ -14,6 +14,9 @@ end,
 and log_beta's gradient sums over what decayed, as in `_triton_readout_backward`: the parts by token
 are (G^T W) . W + end ((g U) S'_bar) . W at the token, with S'_bar . S_end at the block's last, and
 (carry* Z_bar S - G W) . W at the token before its chunk, unless that is in an earlier block.
+
+Linearised chunks have rho h g X taken off Z_bar. It goes to the memory before each token instead,
+in a launch of its own (`follow`): as here, for chunks of one token, with rho h g X for Z_bar.
 """
 
 import jax
@@ -53,7 +56,7 @@ def scalars(plan, log_beta, gamma, run):
     entered = by_chunk.reshape(d.entered.shape)
   s = decays.stale(d, plan.chunk, entered)
   rows = [d.hi, d.lo, s.hi, s.lo, s.first, s.carry, d.end()]
-  rows += [gamma.reshape(d.hi.shape), d.carry[..., -1:]]
+  rows += [plan.step(gamma).reshape(d.hi.shape), d.carry[..., -1:]]
   if plan.runs:
     rows += [entered, s.entered, d.entered[..., -1:]]
   flat = lambda x: jnp.broadcast_to(x, d.hi.shape).astype(jnp.float32).reshape(log_beta.shape)
@@ -61,20 +64,38 @@ def scalars(plan, log_beta, gamma, run):
 
 
 def _codes(plan, rows, a_ref, passes, a_bar_ref, g_bar_ref):
-  """Stores A_bar and g_bar, summed over the passes (Z, X, where Z_bar goes)."""
+  """Stores A_bar and g_bar, summed over the passes (Z, X, g U, where Z_bar goes)."""
   part = BLOCK * columns_at_a_time(plan) // max(64, a_ref.shape[1])
 
   def some(j, carry):
     tokens = pl.ds(j * part, part)
     a, step = a_ref[tokens].astype(jnp.float32), rows[STEP, tokens][:, None]
     a_bar, g_bar = 0, 0
-    for z, x, z_bar_ref in passes:
+    for z, x, gu, z_bar_ref in passes:
       z, x = z[tokens].astype(jnp.float32), x[tokens].astype(jnp.float32)
       u, z_bar, more = activations.inner_gradient_vjp(plan, plan.phi, z, a, step * x, plan.phi_eps)
+      if plan.curvature:
+        u, z_bar = gu[tokens].astype(jnp.float32) / step, z_bar - plan.curvature * step * x
       z_bar_ref[tokens] = (plan.rho * z_bar).astype(z_bar_ref.dtype)
       a_bar, g_bar = a_bar + more, g_bar + jnp.sum(u * x, axis=-1)
     a_bar_ref[tokens] = a_bar.astype(a_bar_ref.dtype)
     g_bar_ref[tokens] = g_bar
+    return carry
+
+  jax.lax.fori_loop(0, BLOCK // part, some, None)
+
+
+def _follow(plan, rows, passes, a_bar_ref, g_bar_ref):
+  """Stores rho h g X of the passes (X, where it goes); targets and steps have no part in it."""
+  part = BLOCK * columns_at_a_time(plan) // max(64, a_bar_ref.shape[1])
+
+  def some(j, carry):
+    tokens = pl.ds(j * part, part)
+    scale = (plan.rho * plan.curvature * rows[STEP, tokens])[:, None]
+    for x, ref in passes:
+      ref[tokens] = (scale * x[tokens].astype(jnp.float32)).astype(ref.dtype)
+    a_bar_ref[tokens] = jnp.zeros((part, a_bar_ref.shape[1]), a_bar_ref.dtype)
+    g_bar_ref[tokens] = jnp.zeros((part,), g_bar_ref.dtype)
     return carry
 
   jax.lax.fori_loop(0, BLOCK // part, some, None)
@@ -162,7 +183,7 @@ def _at_end(plan, rows, s, init, end_bar, init_bar):
   return jax.lax.fori_loop(0, s.shape[0] // SLOTS, add, jnp.float32(0))
 
 
-def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_bar):
+def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_bar, follow: bool):
   """Returns (k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bar by block or None).
 
   Args:
@@ -173,6 +194,7 @@ def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_
     end_bar: their cotangents at the block ends.
     init: (S_k, S_v) [H M D | V] in the operands' dtype.
     k_bar, v_bar: [B N H D | V], what the reads gave; these very arrays become the results.
+    follow: whether for what linearised chunks add, with a plan of chunks of one token.
 
   Returns:
     gradients as the inputs, gamma_bar and the parts of log_beta's gradient at and before the
@@ -184,7 +206,11 @@ def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_
     (gu_k, gu_v, z_k, z_v, x_k, x_v, k, v), refs = refs[:8], refs[8:]
     (s_k, s_v, s_k_bar, s_v_bar, init_k, init_v), refs = refs[:6], refs[6:]
     k_bar, v_bar, a_bar, g_bar, at, before, z_k_bar, z_v_bar, *init_bar = refs[2:]
-    _codes(plan, rows, a, ((z_k, x_k, z_k_bar), (z_v, x_v, z_v_bar)), a_bar, g_bar)
+    if follow:
+      _follow(plan, rows, ((x_k, z_k_bar), (x_v, z_v_bar)), a_bar, g_bar)
+    else:
+      passes = (z_k, x_k, gu_k, z_k_bar), (z_v, x_v, gu_v, z_v_bar)
+      _codes(plan, rows, a, passes, a_bar, g_bar)
     wait(plan)
     numbers = _one_pass(plan, rows, z_k_bar, gu_k, k, s_k, s_k_bar, init_k, k_bar, init_bar[:1])
     more = _one_pass(plan, rows, z_v_bar, gu_v, v, s_v, s_v_bar, init_v, v_bar, init_bar[1:])
@@ -208,5 +234,6 @@ def backward(plan, k, v, alpha, rows, gu, z, x, states, end_bar, init, k_bar, v_
     warps=8,
     stages=1,
     aliases={len(in_specs) - 2: 0, len(in_specs) - 1: 1},
+    name="trellis_follow_backward" if follow else "",
   )(rows, alpha, gu, gu, z, z, x, x, k, v, *states, *end_bar, *init, k_bar, v_bar)
   return (*outs[:6], tuple(outs[8:]) if plan.runs else None)

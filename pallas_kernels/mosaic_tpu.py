@@ -25,8 +25,7 @@ from pallas_kernels import _tpu_plan as plans
 
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""
-  platforms = None if plans.interpret() else ("tpu",)
-  return _support.reasons(spec, shapes, platforms, linearised=True)
+  return _support.reasons(spec, shapes, None if plans.interpret() else ("tpu",))
 
 
 def kernel_arrays(plan, inputs, gates, start, init):

@@ -3,8 +3,9 @@ r"""Implementation "triton_gpu": Pallas-Triton kernels for NVIDIA GPUs, Hopper f
 The forward is two launches: the sequential evolution of both memories (`_triton_evolve`), then all
 reads in parallel (`_triton_readout`). The backward is four: the reads' of values and of keys in
 parallel (`_triton_readout_backward`), the reverse evolution, the gradients of what was written in
-parallel (`_triton_writes_backward`). What is small per token, the decays, is left to XLA. A single
-token is one launch (`_triton_step`).
+parallel (`_triton_writes_backward`). Linearised chunks have one launch more each way
+(`_triton_solvers`) and, backward, a second one of what was written. What is small per token, the
+decays, is left to XLA. A single token is one launch (`_triton_step`).
 
 Operands of the products and what goes through memory have v's dtype; memories, decays, normalisers
 and sums are fp32. With fp32 operands the products are TF32 by default, as JAX's own are on these
@@ -23,6 +24,7 @@ from pallas_kernels import _triton_evolve as evolve
 from pallas_kernels import _triton_kept as kept_memory
 from pallas_kernels import _triton_readout as readout
 from pallas_kernels import _triton_readout_backward as readout_backward
+from pallas_kernels import _triton_solvers as solvers
 from pallas_kernels import _triton_step as one_token
 from pallas_kernels import _triton_writes_backward as writes_backward
 from pallas_kernels._triton_call import BLOCK, Plan, interpreted
@@ -32,7 +34,8 @@ __all__ = ["backward", "forward", "interpreted", "step", "supports"]
 
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""
-  return _support.reasons(spec, shapes, None if launch.interpreting() else ("gpu", "cuda"))
+  platforms = None if launch.interpreting() else ("gpu", "cuda")
+  return _support.reasons(spec, shapes, platforms)
 
 
 def _prepare(spec, inputs, rows):
@@ -47,6 +50,13 @@ def _prepare(spec, inputs, rows):
     run = None if run is None else pad(run, mode="edge")
   gates = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (inputs.log_beta, inputs.gamma))
   return plan, inputs, *gates, run
+
+
+def _solvers(plan, x, log_beta, gamma, run, back: bool):
+  """Returns what both passes of linearised chunks are solved with, () for stale ones."""
+  if not plan.curvature:
+    return ()
+  return solvers.make(plan, x.k, x.v, solvers.scalars(plan, log_beta, gamma, run), back)
 
 
 def _survives(plan, chunks, last):
@@ -65,8 +75,9 @@ def forward(spec, inputs, start, init, rows, save: bool):
   """
   plan, x, log_beta, gamma, run = _prepare(spec, inputs, rows)
   tokens, chunks = evolve.scalars(plan, log_beta, gamma, run)
+  solver, last = _solvers(plan, x, log_beta, gamma, run, False), rows.last.astype(jnp.int32)
   gu, z, states, end, kept = evolve.forward(
-    plan, x.k, x.v, x.alpha, tokens, chunks, rows.last.astype(jnp.int32), start, init, save
+    plan, x.k, x.v, x.alpha, tokens, chunks, last, start, init, solver, save
   )
   by_token = readout.scalars(plan, log_beta, run)
   operands = tuple(s.astype(plan.operand) for s in init)
@@ -113,26 +124,35 @@ def backward(spec, inputs, start, init, rows, saved, cts):
     )
 
   cotangents, ends_bar, start_bar = evolve.reverse(
-    plan, x.k, x.v, x.alpha, tokens, chunks, z, gu_bar, states_bar, end_bar
-  )
-  by_token_of_writes = writes_backward.scalars(plan, log_beta, gamma, run)
-  k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bars = writes_backward.backward(
     plan,
     x.k,
     x.v,
     x.alpha,
-    by_token_of_writes,
-    gu,
+    tokens,
+    chunks,
     z,
-    cotangents,
-    states,
-    ends_bar,
-    operands,
-    *w_bar,
+    gu_bar,
+    states_bar,
+    end_bar,
+    _solvers(plan, x, log_beta, gamma, run, True),
   )
-  if plan.runs:
-    init_bar = [s + jnp.sum(more, axis=(0, 2)) for s, more in zip(init_bar, init_bars)]
+
+  def written(plan, ends_bar, w_bar, follow):
+    by_token = writes_backward.scalars(plan, log_beta, gamma, run)
+    saved = by_token, gu, z, cotangents, states, ends_bar, operands
+    return writes_backward.backward(plan, x.k, x.v, x.alpha, *saved, *w_bar, follow)
+
+  k_bar, v_bar, alpha_bar, gamma_bar, at, before, init_bars = written(plan, ends_bar, w_bar, False)
   log_beta_bar += _gates_bar(plan, log_beta, run, parts + at, before)
+  more_init = [init_bars]
+  if plan.curvature and plan.rho:
+    one, none = plan._replace(chunk=1), jax.tree.map(jnp.zeros_like, ends_bar)
+    k_bar, v_bar, _, _, at, before, init_bars = written(one, none, (k_bar, v_bar), True)
+    log_beta_bar += _gates_bar(one, log_beta, run, at, before)
+    more_init.append(init_bars)
+  if plan.runs:
+    for init_bars in more_init:
+      init_bar = [s + jnp.sum(more, axis=(0, 2)) for s, more in zip(init_bar, init_bars)]
   back = lambda g, like: jnp.swapaxes(g, 1, 2).astype(like.dtype)
   grads = x._replace(
     q=q_bar.astype(x.q.dtype),

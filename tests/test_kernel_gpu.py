@@ -83,6 +83,25 @@ def test_segments_at_the_widest_where_registers_are_shortest(chunk_size):
   _check(knobs, with_state=True, segment_ids=_packed(113), t=113, h=1, d=128, v=128, m=128)
 
 
+def test_linearised_chunks_of_one_document():
+  _check(dict(chunk_size=64, curvature=1.0), t=101, **SMALL)
+
+
+@pytest.mark.parametrize(
+  "chunk_size, rho",
+  [(16, 0.5), *[pytest.param(c, r, marks=pytest.mark.slow) for c, r in ((32, 0.0), (64, 1.0))]],
+)
+def test_linearised_chunks_of_segments_from_a_state(chunk_size, rho):
+  knobs = dict(chunk_size=chunk_size, curvature=0.7, outer_gradient=rho, phi="l2_silu", f="silu")
+  _check(knobs, with_state=True, segment_ids=_packed(113), t=113, **SMALL)
+
+
+@pytest.mark.slow
+def test_linearised_chunks_that_programs_take_in_parts():
+  knobs = dict(chunk_size=64, curvature=1.0)
+  _check(knobs, segment_ids=_packed(113), t=113, h=1, d=128, v=128, m=128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("m", [32, 64, 128])
 @pytest.mark.parametrize("d, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
@@ -102,8 +121,10 @@ def test_every_activation_with_segments_and_a_state(chunk_size, phi, rho):
   _check(knobs, with_state=True, segment_ids=_packed(113), t=113, **SMALL)
 
 
-def test_bf16_operands():
-  assert max(_distances(dict(chunk_size=64), dtype=jnp.bfloat16, t=128, **SMALL)) <= BF16
+@pytest.mark.parametrize("curvature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_bf16_operands(curvature):
+  knobs = dict(chunk_size=64, curvature=curvature)
+  assert max(_distances(knobs, dtype=jnp.bfloat16, t=128, **SMALL)) <= BF16
 
 
 @pytest.mark.slow
@@ -137,11 +158,12 @@ def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
   assert op_cases.distance(grads, want_grads) <= GRADIENT
 
 
-def test_single_tokens_go_through_chunks_padding_and_restarts():
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+def test_single_tokens_go_through_chunks_padding_and_restarts(curvature):
   arrays, memory = op_cases.inputs(t=40, dtype=np.float32, **SMALL)
   ids = jnp.asarray([[1] * 9 + [0] * 2 + [2] * 29, [3] * 35 + [4] * 5], jnp.int32)
   run = lambda name: op_cases.single_tokens(
-    name, arrays, memory, ids, phi="l2_silu", phi_out="silu"
+    name, arrays, memory, ids, phi="l2_silu", phi_out="silu", curvature=curvature
   )
   with triton_gpu.interpreted():
     got, grads = run("triton_gpu")
@@ -249,6 +271,15 @@ def test_lowers_for_cuda_to_two_launches_and_four_more_for_the_gradient(dtype):
   assert _launches(_lower(loss, _shapes(dtype))) == FORWARD_KERNELS
   text = _lower(jax.grad(loss), _shapes(dtype))
   assert _launches(text) == FORWARD_KERNELS + BACKWARD_KERNELS
+
+
+def test_linearised_chunks_have_one_launch_more_and_two_more_for_the_gradient():
+  loss = functools.partial(_loss, chunk_size=64, curvature=1.0)
+  forward = ["trellis_solvers", *FORWARD_KERNELS]
+  assert _launches(_lower(loss, _shapes(jnp.bfloat16))) == forward
+  backward = [*BACKWARD_KERNELS, "trellis_follow_backward", "trellis_solvers_backward"]
+  text = _lower(jax.grad(loss), _shapes(jnp.bfloat16))
+  assert sorted(_launches(text)) == sorted(forward + backward)
 
 
 def test_a_single_token_is_one_launch():
