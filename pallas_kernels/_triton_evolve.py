@@ -274,14 +274,13 @@ def _reverse_pass(
       x_ref[tokens] = x.astype(x_ref.dtype)
       if not plan.rho or (follows and part < plan.chunk):
         return s_bar
-      return written(tokens, x, s_bar)
+      return written(tokens, x, w, s_bar)
 
     def solved(tokens, x, s_bar):
       x_ref[tokens] = x.astype(x_ref.dtype)
-      return written(tokens, x, s_bar)
+      return written(tokens, x, w_ref[tokens], s_bar)
 
-    def written(tokens, x, s_bar):
-      w = w_ref[tokens]
+    def written(tokens, x, w, s_bar):
       z, a = z_ref[tokens].astype(jnp.float32), a_ref[tokens].astype(jnp.float32)
       u_bar = rows[STEP, tokens][:, None] * x
       _, z_bar, _ = activations.inner_gradient_vjp(plan, plan.phi, z, a, u_bar, plan.phi_eps)

@@ -51,6 +51,31 @@ def cells(text, start):
   return [cell.strip() for cell in row.strip("|").split("|")]
 
 
+def _committed(path):
+  return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+  "path", sorted((tables.RESULTS / "study").glob("*.jsonl")), ids=lambda p: p.stem
+)
+def test_a_study_s_lines_are_of_the_settings_that_it_has_now(path):
+  now = {str(labels): run.study.settings(cfg) for labels, cfg in run.study.get(path.stem).cells()}
+  for line in _committed(path):
+    assert line["settings"] == now[str(line["labels"])], line["labels"]
+
+
+@pytest.mark.parametrize(
+  "path", sorted((tables.RESULTS / "lm").glob("*.jsonl")), ids=lambda p: p.stem
+)
+def test_a_table_s_lines_are_of_the_settings_that_its_rows_have_now(path):
+  rows = rows_of(path.stem)
+  for line in _committed(path):
+    cfg = rows[tuple(line["labels"].values())].config.copy_and_resolve_references()
+    cfg.steps = line["tokens"] // (cfg.batch_size * cfg.seq_len)
+    cfg.optim.warmup_steps = cfg.steps // 10
+    assert line["settings"] == run.settings(cfg), line["labels"]
+
+
 def test_the_committed_pages_are_those_that_the_committed_lines_give(tmp_path):
   tables.write(tables.RESULTS, tmp_path)
   made = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -345,12 +345,17 @@ class Mixer(nnx.Module):
     return State(TrellisState.fresh(memory, batch, c.chunk_size), taps)
 
   def flops(self, num_tokens: int) -> int:
-    """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head."""
+    """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head.
+
+    Linearised chunks have 4 more, and an inverse for each pass.
+    """
     c, d, v = self.config, self.head_dim, self.value_dim
     m, chunk = c.num_slots, c.chunk_size
     maps = self.qk.in_features * (self.qk.out_features + self.num_heads * (v + m + 2))
     maps += self.output.num_weights
     memory = 3 * m * (d + v) + chunk * (d + m) + chunk * (m + v)
+    if c.curvature and chunk > 1:
+      memory += chunk * (d + v) + 2 * chunk * m + 2 * chunk * chunk // 3
     return 2 * num_tokens * (maps + self.num_heads * memory)
 
   def state_size(self) -> int:
