@@ -102,7 +102,7 @@ def _keys_read_back(t: Tiles, r_bar, keys, read, gates):
   return y_bar, step_bar, q_bar, k_bar, (decay, carry, fresh)
 
 
-class Gone(NamedTuple):
+class GateBars(NamedTuple):
   """Cotangents of the gates by which a pass is linearised, rows [1, L] per pack."""
 
   behind: list
@@ -111,7 +111,7 @@ class Gone(NamedTuple):
 
 
 def _follow_back(t: Tiles, spec, pass_, gates, u_bar):
-  """Returns (U_0_bar, what G_bar, Z_bar and natural W_bar get besides, Gone)."""
+  """Returns (U_0_bar, what G_bar, Z_bar and natural W_bar get besides, GateBars)."""
   ahead, rho = pass_.ahead, spec.outer_gradient
   if rho == 1:
     u_bar = each(lambda u, solver: u + t.dot(u, solver), u_bar, ahead.solver)
@@ -123,12 +123,12 @@ def _follow_back(t: Tiles, spec, pass_, gates, u_bar):
   z_bar = each(lambda u, b: (h * b) * u, u_bar, row(gates, Gate.BEHIND))
   pairs = each(lambda u, g, d: t.pairs(t.tokens(u), g) * (-h * d), u_bar, pass_.step, ahead.before)
   w_bar = each(lambda p, w: t.mix(t.low(p), w) + t.mix(t.natural(p), w), pairs, pass_.w)
-  gone = Gone(
+  bars = GateBars(
     behind=each(lambda u, z: h * _over_slots(u * z), u_bar, ahead.z),
     before=each(lambda u, x: -rho * _over_slots(u * x), u_bar, ahead.change),
     low=each(lambda g, x: -_over_slots(g * x), pass_.step, back),
   )
-  return u_bar, back, z_bar, w_bar, gone
+  return u_bar, back, z_bar, w_bar, bars
 
 
 def _write_back(t: Tiles, spec, pass_, gates, s_bar, step_bar, columns, rows, decays):
@@ -144,8 +144,8 @@ def _write_back(t: Tiles, spec, pass_, gates, s_bar, step_bar, columns, rows, de
     decays: keep and renew, per pack.
 
   Returns:
-    (S_bar, init_bar or None, W_bar natural, A_bar, step_bar [1, L], end_bar [1, L], Gone or
-    None for stale chunks).
+    (S_bar, init_bar or None, W_bar natural, A_bar, step_bar [1, L], end_bar [1, L],
+    GateBars or None for stale chunks).
   """
   low = each(t.low, s_bar)
   pull = each(lambda s, w: t.dot(s, w, NT), low, pass_.w)
@@ -242,10 +242,10 @@ def _kernel(last_ref, *refs, plan: Plan, spec, restarts: bool):
     Gate.FRESH: add(gates_k[2], gates_v[2]),
   }
   if spec.curvature:
-    gone = Gone(*map(add, back_k[6], back_v[6]))
-    rows[Gate.LOW] = [x + math.log(2) * y for x, y in zip(rows[Gate.LOW], gone.low)]
-    rows[Gate.BEFORE_LOW] = [math.log(2) * x for x in gone.before]
-    rows[Gate.BEHIND] = gone.behind
+    bars = GateBars(*map(add, back_k[6], back_v[6]))
+    rows[Gate.LOW] = [x + math.log(2) * y for x, y in zip(rows[Gate.LOW], bars.low)]
+    rows[Gate.BEFORE_LOW] = [math.log(2) * x for x in bars.before]
+    rows[Gate.BEHIND] = bars.behind
   none = [jnp.zeros((1, plan.L), F32)] * len(q)
   tiles = zip(*(rows.get(r) or none for r in range(plan.gates)))
   store(gates_bar_ref, [jnp.concatenate(tile, 0) for tile in tiles])

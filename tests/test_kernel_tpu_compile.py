@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from trellis_jax import trellis
 
-topology, chunk_size, T = sys.argv[1], *map(int, sys.argv[2:])
+topology, chunk_size, T = sys.argv[1], *map(int, sys.argv[2:4])
+knobs = dict(chunk_size=chunk_size, curvature=float(sys.argv[4]))
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 axes = dict(axis_names=("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 mesh = Mesh(np.array(devices[:4]).reshape(2, 2), **axes)
@@ -26,7 +27,7 @@ def loss(weights, x, ids):
   into = lambda w: jnp.einsum("btf,fhd->bthd", x, w, out_sharding=P("data", None, "model", None))
   q, k, v, alpha, gates = (into(w) for w in weights[:5])
   log_beta, gamma = -jax.nn.softplus(gates[..., 0]), jax.nn.sigmoid(gates[..., 1])
-  o, _ = trellis(q, k, v, alpha, log_beta, gamma, segment_ids=ids, chunk_size=chunk_size)
+  o, _ = trellis(q, k, v, alpha, log_beta, gamma, segment_ids=ids, **knobs)
   y = jnp.einsum("bthd,hdf->btf", o, weights[5], out_sharding=P("data", None, None))
   return jnp.mean(jnp.square(y - x).astype(jnp.float32))
 
@@ -49,17 +50,21 @@ print(json.dumps([count("trellis_" + name) for name in ("forward", "backward", "
 
 @pytest.mark.skipif(not libtpu.library(), reason="libtpu is not installed")
 @pytest.mark.parametrize(
-  "topology,chunk_size,tokens,launches",
+  "topology,chunk_size,tokens,curvature,launches",
   [
-    ("v5e:2x2", 64, 200, [1, 1, 0]),
-    pytest.param("v5p:2x2x1", 32, 200, [1, 1, 0], marks=pytest.mark.slow),
-    pytest.param("v6e:2x2", 16, 200, [1, 1, 0], marks=pytest.mark.slow),
-    ("v5e:2x2", 16, 1, [0, 0, 1]),  # a derivative of one token is the definition's
+    ("v5e:2x2", 64, 200, 0, [1, 1, 0]),
+    ("v5e:2x2", 64, 200, 1, [1, 1, 0]),
+    pytest.param("v5p:2x2x1", 32, 200, 0, [1, 1, 0], marks=pytest.mark.slow),
+    pytest.param("v6e:2x2", 16, 200, 0, [1, 1, 0], marks=pytest.mark.slow),
+    pytest.param("v6e:2x2", 16, 200, 1, [1, 1, 0], marks=pytest.mark.slow),
+    ("v5e:2x2", 16, 1, 1, [0, 0, 1]),  # a derivative of one token is the definition's
   ],
 )
-def test_a_sharded_training_step_compiles_to_the_kernels(topology, chunk_size, tokens, launches):
+def test_a_sharded_training_step_compiles_to_the_kernels(
+  topology, chunk_size, tokens, curvature, launches
+):
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, topology, str(chunk_size), str(tokens)],
+    [sys.executable, "-c", PROGRAM, topology, str(chunk_size), str(tokens), str(curvature)],
     env=dict(libtpu.environment(), PYTHONPATH=str(provenance.ROOT)),
     capture_output=True,
     text=True,

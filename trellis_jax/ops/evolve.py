@@ -209,7 +209,11 @@ def _parallel(spec, i, saved, z_s, u, chunks, init, starts, anchor, gu_bar, rest
   z_bar, z_s_bar, u_bar, pull, s_bar = saved
   w, gu = chunks.writes[i], chunks.steps[..., None] * u
   back = lambda x, s: jnp.einsum("...cm,...mw->...cw", x, s, precision=spec.precision)
-  w_bar, kept, init_bar = back(-chunks.end[..., None] * gu, s_bar), starts[i], 0
+  w_bar, kept, init_bar = (
+    back(-chunks.end[..., None] * gu, s_bar),
+    starts[i],
+    jnp.zeros_like(init[i]),
+  )
   if restarts is not None:
     lost = jnp.where(restarts.survives, 0, chunks.total[..., None, None] * s_bar)
     init_bar = jnp.sum(lost, axis=(0, 1))
@@ -237,7 +241,6 @@ def _parallel(spec, i, saved, z_s, u, chunks, init, starts, anchor, gu_bar, rest
   steps_bar = jnp.sum(u * gu_bar, axis=-1)
   end_bar = -jnp.sum(gu * pull, axis=-1)
   total_bar = jnp.sum(kept * s_bar, axis=(-2, -1))
-  init_bar = jnp.broadcast_to(init_bar, init[i].shape)
   return w_bar, steps_bar, end_bar, total_bar, anchor_bar, init_bar, before_bar, alike_bar
 
 
