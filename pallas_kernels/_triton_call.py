@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as pltriton
 
 warnings.filterwarnings("ignore", message=".*Triton.*deprecated.*", category=DeprecationWarning)
 
-LEAST_STEP = 1e-20
+LEAST_STEP = 1e-20  # of linearised chunks, whose backward divides by it
 BLOCK = 64  # tokens that one program of the parallel kernels takes
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 _interpreting = False
