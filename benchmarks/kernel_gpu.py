@@ -205,20 +205,8 @@ def worse(found: list[dict], table: list[dict]) -> list[str]:
 
 def report(found: list[dict], command: str, versions: str) -> str:
   """The text of kernel_gpu.md."""
-  columns = [
-    "kernel",
-    "D",
-    "V",
-    "M",
-    "C",
-    "dtype",
-    "restarts",
-    "linearised",
-    "warps",
-    "registers",
-    "shared KiB",
-  ]
-  columns += ["spilt bytes", "instructions"]
+  columns = ["kernel", *"DVMC", "dtype", "restarts", "linearised", "warps", "registers"]
+  columns += ["shared KiB", "spilt bytes", "instructions"]
   rows = [
     [x["kernel"], *(x[n] for n in "DVMC"), x["dtype"]]
     + ["yes" if x[n] else "no" for n in ("restarts", "linearised")]

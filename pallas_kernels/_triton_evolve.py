@@ -95,28 +95,32 @@ def _solve(plan, part, at, y_ref, x_ref, back: bool, use, s):
   return jax.lax.fori_loop(0, count, some, s)
 
 
+def _keep_start(plan, c, at, last, s, states_ref, kept_ref):
+  """Stores the memory at chunk c's start, token `at`, if a block starts there or c is the last."""
+  if plan.chunk == BLOCK:
+    states_ref[c] = s.astype(states_ref.dtype)
+  else:
+
+    @pl.when(jax.lax.rem(at, BLOCK) == 0)
+    def _():
+      states_ref[jax.lax.div(at, BLOCK)] = s.astype(states_ref.dtype)
+
+  @pl.when(c == last)
+  def _():
+    kept_ref[...] = s
+
+
 def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, x_ref, memories, outs):
   start, init, operand = memories
   gu_ref, z_ref, states_ref, end_ref, kept_ref = outs
-  behind_row = rows.shape[0] + BEHIND
+  behind_row, count = rows.shape[0] + BEHIND, plan.chunk // part
 
   def body(c, s):
     at = c * plan.chunk
-    if plan.chunk == BLOCK:
-      states_ref[c] = s.astype(states_ref.dtype)
-    else:
-
-      @pl.when(jax.lax.rem(at, BLOCK) == 0)
-      def _():
-        states_ref[jax.lax.div(at, BLOCK)] = s.astype(states_ref.dtype)
-
-    @pl.when(c == last)
-    def _():
-      kept_ref[...] = s
-
+    _keep_start(plan, c, at, last, s, states_ref, kept_ref)
     anchor = s.astype(plan.operand)
     # So many parts hold the chunk's start too long for the registers; it has just been stored.
-    stored = plan.chunk == BLOCK and BLOCK // part >= 4
+    stored = plan.chunk == BLOCK and count >= 4
     if stored:
       wait(plan)
     # Elsewhere it need not outlive the codes, if those of all parts come first.
@@ -140,43 +144,36 @@ def _forward_pass(plan, part, num_slots, rows, chunks, last, a_ref, w_ref, x_ref
         z_ref[tokens] = z.astype(z_ref.dtype)
       if plan.curvature:
         u = u + plan.curvature * rows[behind_row, tokens][:, None] * z
-        if part < plan.chunk:
+        if count > 1:
           gu_ref[tokens] = u.astype(gu_ref.dtype)
           return u, w
         u = u + dot(plan, x_ref[tokens, pl.ds(jax.lax.rem(at, BLOCK), part)], u)
-      return write_of(tokens, u), w
+      return stepped(tokens, u), w
 
-    def write_of(tokens, u):
+    def stepped(tokens, u):
       gu = rows[STEP, tokens][:, None] * u
       gu_ref[tokens] = gu.astype(gu_ref.dtype)
       return gu
 
-    def linearised(tokens, u, s):
-      gu = write_of(tokens, u)
-      return s - dot(plan, rows[END, tokens][:, None] * gu, w_ref[tokens], TN)
-
     def only_codes(j, nothing):
       codes(j)
 
-    change = lambda j, s, gu, w: s - dot(plan, rows[END, tokens_of(j)][:, None] * gu, w, TN)
-    write = lambda j, s: change(j, s, *codes(j))
-    if codes_first and part == plan.chunk:
+    change = lambda tokens, s, gu, w: s - dot(plan, rows[END, tokens][:, None] * gu, w, TN)
+    solved = lambda tokens, u, s: change(tokens, s, stepped(tokens, u), w_ref[tokens])
+    write = lambda j, s: change(tokens_of(j), s, *codes(j))
+    if codes_first and count == 1:
       # Not through memory: Triton may load for the next chunk what this one has not stored yet.
       of_chunk = codes(0)
-      write = lambda j, s: change(j, s, *of_chunk)
-    elif codes_first and not plan.curvature:
-      jax.lax.fori_loop(0, plan.chunk // part, only_codes, None)
+      write = lambda j, s: change(tokens_of(j), s, *of_chunk)
+    elif count > 1 and (codes_first or plan.curvature):
+      jax.lax.fori_loop(0, count, only_codes, None)
       wait(plan)
-      write = lambda j, s: change(j, s, gu_ref[tokens_of(j)], w_ref[tokens_of(j)])
-    in_parts_first = plan.curvature and part < plan.chunk
-    if in_parts_first:
-      jax.lax.fori_loop(0, plan.chunk // part, only_codes, None)
-      wait(plan)
+      write = lambda j, s: change(tokens_of(j), s, gu_ref[tokens_of(j)], w_ref[tokens_of(j)])
     if plan.runs:
       s = jax.lax.cond(chunks[SURVIVES, c] > 0, lambda s: s, lambda s: init[...], s)
     s = chunks[TOTAL, c] * s
-    if in_parts_first:
-      return _solve(plan, part, at, gu_ref, x_ref, False, linearised, s)
+    if plan.curvature and count > 1:
+      return _solve(plan, part, at, gu_ref, x_ref, False, solved, s)
     return _parts(plan, part, write, s)
 
   kept_ref[...] = jnp.zeros(kept_ref.shape, kept_ref.dtype)

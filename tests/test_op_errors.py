@@ -35,6 +35,7 @@ def _fresh(chunk_size):
     (dict(phi_eps=0.0), "phi_eps=0.0 is not accepted; it must be finite and > 0"),
     (dict(chunk_size=0), "chunk_size=0 is not accepted; it must be >= 1"),
     (dict(chunk_size=2.5), "chunk_size=2.5 is not accepted; it must be an integer"),
+    (dict(curvature=-1.0), "curvature=-1.0 is not accepted; it must be finite and >= 0"),
     (dict(outer_gradient=1.5), r"outer_gradient=1.5 is not accepted; it lies in \[0, 1\]"),
     (dict(implementation="cuda"), "implementation='cuda' is unknown; accepted are None, reference"),
     (dict(log_beta=ARRAYS[4] + 1), r"log_beta has the value 0\.\d+; accepted are log decays <= 0"),

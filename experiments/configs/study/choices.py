@@ -4,9 +4,8 @@
 
 MQAR as in configs/study/mqar_noise.py with 8 pairs and n = 16: 16 slots of keys and values 16 wide,
 one head, 1,000 steps of 32 examples at a learning rate of 3e-3. The row without a change is the
-library's default at C = 16, and each other row changes what it is named by. Shapes and heads keep
-the memories' 2 n^2 floats. Where a row's start would not be its own (a step's bound below 1 / C),
-both knobs are in its name.
+library's default at C = 16, and each other row changes what it is named by; the inner step starts
+where that form of the chunk has it start. Shapes and heads keep the memories' 2 n^2 floats.
 """
 
 from experiments.configs.study import mqar_noise
@@ -65,7 +64,7 @@ CHOICES = (
   # Shapes of as many floats.
   {"num_slots": 32, "head_dim": 8, "value_dim": 8},
   {"num_slots": 8, "head_dim": 32, "value_dim": 32},
-  {"num_heads": 2, "num_slots": 16, "head_dim": 8, "value_dim": 8},
+  {"num_heads": 2, "head_dim": 8, "value_dim": 8},
 )
 
 
