@@ -20,8 +20,8 @@ RESULTS = kernel_tpu.RESULTS.with_name("step_share.md")
 SIZE = base.SIZES["125m"]
 WIDTH, LAYERS, HEADS, VOCAB = SIZE.width, SIZE.num_layers, SIZE.num_heads, SIZE.vocab_size
 HEAD, MLP = WIDTH // HEADS, SIZE.mlp_widths[list(base.NAMES).index("trellis")]
-SLOTS = mixers.get("trellis").Config().num_slots
-CHUNK = base.CHUNK["paper"]
+DEFAULT = mixers.get("trellis").Config()
+SLOTS = DEFAULT.num_slots
 # One chip's part of a step: 16 rows of 2,048, half a million tokens on 16 chips.
 TOKENS = 16 * 2048
 PEAK = {"v5e": 197, "v5p": 459}  # TFLOP/s of bfloat16, as published
@@ -106,9 +106,11 @@ def report(rows: dict[Case, dict]) -> str:
   ]
   columns += ["other passes", "share of the op", "beside products at peak alone"]
   table = tabulate.tabulate(body, columns, "github", disable_numparse=True)
-  of_config = max(share for case, share in shares if _chunks(case) == str(CHUNK))
+  default = DEFAULT.chunk_size, DEFAULT.curvature
+  of_default = [share for case, share in shares if (case.C, case.curvature) == default]
   over = [f"{c.chip} at C = {_chunks(c)} ({share:.0%})" for c, share in shares if share > MOST]
-  verdict = f"C is {CHUNK} in the configs of the paper: at most {of_config:.0%}."
+  least, most = min(of_default), max(of_default)
+  verdict = f"Linearised chunks of {DEFAULT.chunk_size} are the default: {least:.0%} to {most:.0%}."
   verdict += f" Over {MOST:.0%}: {', '.join(over)}." if over else f" No row is over {MOST:.0%}."
   versions = ", ".join(sorted({row["libtpu"] for row in rows.values()}))
   rates = lambda of: " and ".join(f"{of(chip)} ({chip})" for chip in PEAK)

@@ -70,6 +70,14 @@ def test_sizes_are_the_papers_and_rivals_have_as_many_parameters(size):
     assert parameters == pytest.approx(count["trellis"], rel=0.01), mixer
 
 
+@pytest.mark.parametrize("scale", ["small", "mini"])
+def test_state_matched_rows_have_the_parameters_of_their_rivals(scale):
+  rows = {tuple(r.labels.values()): r.config for r in table4.rows(scale)}
+  count = {m: matching.sizes(lm_of(rows[m, 512])).parameters for m in ("trellis", *table4.MATCHED)}
+  for parameters in count.values():
+    assert parameters == pytest.approx(count["trellis"], rel=0.005)
+
+
 def memory_floats(cfg):
   """What one layer's memories hold, without what only speed needs."""
   lm = lm_of(cfg)
@@ -99,12 +107,12 @@ def test_an_ablation_changes_what_its_label_says_and_nothing_else(scale):
     "slots_32": {"num_slots": 32},
     "slots_128": {"num_slots": 128},
     "exact": {"chunk_size": 1},
+    "read_ln_silu": {"phi_out": "ln_silu"},
+    "stale_16": {"chunk_size": 16, "curvature": 0.0},
+    "stale_64": {"curvature": 0.0},
   }
-  chunk = {"paper": 16, "small": 64, "mini": 64}[scale]
-  one[f"chunk_{chunk}"] = {"chunk_size": chunk}
-  one["linearised"] = {"curvature": 1.0} | ({} if scale == "paper" else {"chunk_size": 64})
   assert set(one) | {"delta_net", "ttt_linear", "trellis", "literal"} == set(rows)
-  assert set(table2.PUBLISHED) == set(rows) - {f"chunk_{chunk}", "linearised", "literal"}
+  assert set(table2.PUBLISHED) == set(rows) - {"read_ln_silu", "stale_16", "stale_64", "literal"}
   for name, knobs in one.items():
     want = {f"model.trellis.{k}": v for k, v in knobs.items()}
     assert changes(rows["trellis"], rows[name]) == want
@@ -122,10 +130,10 @@ def test_the_literal_reading_is_the_librarys_and_each_choice_stands_alone():
   merged = {}
   for name in readings.CHOICES:
     found = changes(rows["default"], rows[name])
-    assert len(found) == 1
+    assert len(found) == len(readings.CHOICES[name])
     merged |= found
   assert changes(rows["default"], rows["literal"]) == merged
-  assert len(merged) == len(readings.CHOICES)
+  assert len(merged) == len(readings.LITERAL) == sum(map(len, readings.CHOICES.values()))
 
 
 def test_the_lengths_of_table_4_differ_in_rows_alone():

@@ -175,7 +175,7 @@ def test_a_study_with_traces_shows_how_its_models_learn(tmp_path):
   names = run.study.get("conv_start").TRACES
   lines = [
     {
-      "labels": {"model": "trellis C=16", "conv_decay": decay},
+      "labels": {"model": "trellis C=16 stale", "conv_decay": decay},
       "seed": seed,
       "peak_lr": 1.5e-3,
       "accuracy": 0.5,
@@ -211,7 +211,7 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
       "floats_of_state": 7,
       "revision": "abc",
     }
-    for model in ("trellis C=16", "gated_delta_net")
+    for model in ("trellis C=16 stale", "gated_delta_net")
     for n in (8, 16)
     for seed in (0, 1)
     for rate in (2e-3, 4e-3)
@@ -219,7 +219,7 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   save(tmp_path / "study" / "mqar_noise.jsonl", lines)
   built = tables.build("mqar", tmp_path)
   assert "0.29 (0.04-0.54) 10" in built.text and ".." in built.text
-  assert built.status == "mqar_noise: 4 of 45 settings" and set(built.figures) == {"mqar_noise"}
+  assert built.status == "mqar_noise: 4 of 54 settings" and set(built.figures) == {"mqar_noise"}
   (ax,) = built.figures["mqar_noise"].axes
   assert [list(c.lines[0].get_xdata()) for c in ax.containers] == [[8, 16], [8, 16]]
   with (tmp_path / "study" / "mqar_noise.jsonl").open("a") as f:

@@ -52,7 +52,7 @@ class TrellisAttention(nnx.Module):
       only softmax attention has; they are refused.
     rngs: of the initial values and the dropout.
     num_slots: M, slots of each memory.
-    chunk_size: C, tokens whose inner gradients share one memory; 1 is the exact recurrence.
+    chunk_size: C, tokens whose inner gradients start from one memory; 1 is the exact recurrence.
     **knobs: any other field of `trellis_jax.mixers.trellis.Config`.
 
   Raises:
@@ -98,7 +98,7 @@ class TrellisAttention(nnx.Module):
     query_ln_scale_metadata: Mapping[str, Any] = _NONE,
     key_ln_scale_metadata: Mapping[str, Any] = _NONE,
     num_slots: int = 64,
-    chunk_size: int = 16,
+    chunk_size: int = 64,
     **knobs: Any,
   ):
     given = locals()

@@ -49,7 +49,7 @@ class TrellisAttention(nn.Module):
   use_bias: bool = False
   decode: bool = False
   num_slots: int = 64
-  chunk_size: int = 16
+  chunk_size: int = 64
   knobs: Mapping[str, Any] = FrozenDict()
 
   def __post_init__(self):

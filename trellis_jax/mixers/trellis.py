@@ -12,8 +12,9 @@ For an input x [B, T, width], per head:
   y      = W_o (norm(o) * gelu(W_gate x))
 
 The paper leaves several of these open; each is a knob of `Config`, and `literal()` is the most
-literal reading. Inside a chunk all inner gradients are taken at one point, so C tokens with
-alike keys overshoot unless C g |w|^2 < 2: hence unit writes and steps that start at 1 / C.
+literal reading. Chunks are linearised (`curvature`, docs/method.md). In stale ones, which are the
+paper's, all inner gradients are taken at one point, so C tokens with alike keys overshoot unless
+C g |w|^2 < 2: hence unit writes and, in those, steps that start at 1 / C.
 
 `ops/two_pass.py` has the family in one table: how ABC becomes GSA becomes Trellis.
 """
@@ -55,7 +56,7 @@ class Config:
 
   Attributes:
     num_slots: M, slots of each memory.
-    chunk_size: C, tokens whose inner gradients share one memory; 1 is the exact recurrence.
+    chunk_size: C, tokens whose inner gradients start from one memory; 1 is the exact recurrence.
     head_dim: D, key width of a head; 0 is width / num_heads.
     value_dim: V, value width of a head; 0 is head_dim.
     phi: activation of the compression loss; phi_eps: eps of its normaliser.
@@ -72,18 +73,18 @@ class Config:
     step_init: inner step on the built model; 0 is 1 / C for stale chunks of C tokens and 1/2 where
       nothing overshoots (linearised chunks, C = 1). step_scale: factor of the sigmoid.
     initial_memory: what a sequence starts from; memory_std: of a learned one at the start.
-    outer_gradient: rho of the op; curvature: h of the op, above 0 for linearised chunks.
+    outer_gradient: rho of the op; curvature: h of the op, 0 for stale chunks.
     gate: activation of the output gate; post_norm: over all heads, each head, or none.
   """
 
   num_slots: int = 64
-  chunk_size: int = 16
+  chunk_size: int = 64
   head_dim: int = 0
   value_dim: int = 0
   phi: str = "ln_silu"
   phi_eps: float = 1.0
   f: str = "ln_silu"
-  phi_out: str = "ln_silu"
+  phi_out: str = "identity"
   eps: float = 1e-5
   target: str = "phi"
   share_qk: bool = True
@@ -101,7 +102,7 @@ class Config:
   initial_memory: str = "zeros"
   memory_std: float = 0.02
   outer_gradient: float = 1.0
-  curvature: float = 0.0
+  curvature: float = 1.0
   gate: str = "gelu"
   post_norm: str = "rms"
 
@@ -138,8 +139,9 @@ class Config:
 
   @classmethod
   def literal(cls, **knobs) -> "Config":
-    """The most literal reading of the paper: raw targets, writes as they come, eps 1e-5 in phi."""
+    """The most literal reading: raw targets, writes as they come, eps 1e-5 in phi, stale chunks."""
     plain = dict(phi_eps=1e-5, target="linear", v_activation="silu", qk_norm="none", v_norm="none")
+    plain |= dict(phi_out="ln_silu", chunk_size=16, curvature=0.0)
     return cls(**(plain | knobs))
 
 

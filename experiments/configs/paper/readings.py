@@ -4,9 +4,10 @@
     python -m experiments.main --config=experiments/configs/paper/readings.py:paper,literal
 
 The paper writes alpha as a plain linear map, no length for queries, keys and values, an activation
-on the values, L2-normalised SiLU for f and the same symbol for phi and for the read. `default` is
-the library's reading, and each other row changes one choice of it into the literal one; none has a
-number of its own in the paper. A run takes 1.7e18 FLOPs at the paper's scale.
+on the values, L2-normalised SiLU for f, the same symbol for phi and for the read, and takes all
+inner gradients of a chunk at its start, here in chunks of 16. `default` is the library's reading,
+and each other row changes one choice of it into the literal one; none has a number of its own in
+the paper. A run takes 1.7e18 FLOPs at the paper's scale.
 """
 
 import ml_collections
@@ -23,6 +24,7 @@ CHOICES = {
   "f_l2_silu": {"f": "l2_silu"},
   "phi_l2_silu": {"phi": "l2_silu"},
   "read_l2_silu": {"phi_out": "l2_silu"},
+  "stale_chunks": {"chunk_size": 16, "curvature": 0.0},
 }
 LITERAL = {knob: value for change in CHOICES.values() for knob, value in change.items()}
 

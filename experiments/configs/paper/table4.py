@@ -8,9 +8,12 @@ The paper has Trellis at 10.87 and 10.60 on the Pile at 2k and 8k, at 19.09 with
 32k tokens of Books, and at 8.26 with 350M parameters. A run of the 125M size takes 1.7e18 FLOPs,
 one of the 350M size 1.6e19. At the small scales the text is the one that is given, at all lengths
 of Books that a step has room for: 8k at mini, 32k at small; and there are two state-matched Trellis
-besides, of M = 32, whose memories are as large as DeltaNet's: stale chunks, which keep the memory
-at the chunk's start besides, and the exact recurrence (C = 1), which keeps nothing else.
+besides, of M = 32, whose memories are as large as DeltaNet's and whose parameters are as many: the
+default's chunks, which keep the memory at the chunk's start besides, and the exact recurrence
+(C = 1), which keeps nothing else.
 """
+
+import math
 
 import ml_collections
 
@@ -40,6 +43,13 @@ MATCHED = {  # at the small scales
 }
 
 
+def matched_mlp(scale: str) -> int:
+  """The MLP's width that has the parameters which 32 slots have less than 64."""
+  size = base.SIZES[scale]
+  targets = size.num_heads * 32  # columns of W_a; a feature of SwiGLU has 3
+  return size.mlp_widths[-1] + 8 * math.ceil(targets / 3 / 8)
+
+
 def rows(scale: str):
   """Yields the table's rows at a scale."""
   if scale == "paper":
@@ -52,10 +62,11 @@ def rows(scale: str):
     return
   for model in (*PUBLISHED, *MATCHED):
     mixer, knobs = ("trellis", MATCHED[model]) if model in MATCHED else (model, {})
+    mlp = matched_mlp(scale) if model in MATCHED else 0
     books = dict(zip(BOOKS, PUBLISHED.get(model, ())[2:]))
     for context in base.contexts(scale, BOOKS):
       labels, number = dict(model=model, context=context), books.get(context)
-      yield base.row(labels, scale, mixer, context, published=number, **knobs)
+      yield base.row(labels, scale, mixer, context, published=number, mlp_width=mlp, **knobs)
 
 
 def get_config(row: str = "mini,trellis,2048") -> ml_collections.ConfigDict:

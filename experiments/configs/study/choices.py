@@ -4,8 +4,9 @@
 
 MQAR as in configs/study/mqar_noise.py with 8 pairs and n = 16: 16 slots of keys and values 16 wide,
 one head, 1,000 steps of 32 examples at a learning rate of 3e-3. The row without a change is the
-library's default at C = 16, and each other row changes what it is named by; the inner step starts
-where that form of the chunk has it start. Shapes and heads keep the memories' 2 n^2 floats.
+library's default, linearised chunks of 64, which is one chunk here, and each other row changes what
+it is named by; the inner step starts where that form of the chunk has it start. Shapes and heads
+keep the memories' 2 n^2 floats.
 """
 
 from experiments.configs.study import mqar_noise
@@ -17,7 +18,7 @@ PAIRS, SIZES = 8, (16,)
 CHOICES = (
   {},
   # Codes, and what reads them.
-  {"phi_out": "identity"},
+  {"phi_out": "ln_silu"},
   {"f": "identity"},
   {"phi": "identity", "target": "layer_norm"},
   {"phi": "silu"},
@@ -30,18 +31,21 @@ CHOICES = (
   {"f": "l2_silu"},
   {"f": "softmax"},
   {"phi_out": "l2_silu"},
-  # Steps and staleness: at most 2 / C cannot overshoot; 4 / C at the start does.
-  {"step_scale": 0.125},
-  {"step_init": 0.25},
-  {"step_init": 0.015625},
+  # Steps, and what follows them inside a chunk. Steps of at most 2 / C cannot overshoot.
+  {"step_init": 0.125},
+  {"step_init": 0.0625},
+  {"step_scale": 2.0, "step_init": 1.0},
   {"step_form": "softplus"},
   {"step_form": "constant"},
-  {"curvature": 1.0},
   {"curvature": 0.5},
-  {"chunk_size": 64, "curvature": 1.0},
+  {"curvature": 2.0},
   {"chunk_size": 1},
-  {"chunk_size": 4},
-  {"chunk_size": 64},
+  {"chunk_size": 16},
+  {"curvature": 0.0},
+  {"chunk_size": 16, "curvature": 0.0},
+  {"chunk_size": 4, "curvature": 0.0},
+  {"chunk_size": 16, "curvature": 0.0, "step_scale": 0.125},
+  {"chunk_size": 16, "curvature": 0.0, "step_init": 0.25},
   # What is forgotten, and what a sequence starts from.
   {"forget": False},
   {"forget_init": 0.9},
@@ -73,7 +77,7 @@ def cells():
   base = {(x["model"], x["pairs"], x["n"]): cfg for x, cfg in mqar_noise.cells()}
   for n in SIZES:
     for change in CHOICES:
-      cfg = base["trellis C=16", PAIRS, n].copy_and_resolve_references()
+      cfg = base["trellis", PAIRS, n].copy_and_resolve_references()
       knobs = dict(change)
       cfg.model.num_heads = knobs.pop("num_heads", cfg.model.num_heads)
       cfg.model.trellis.update(knobs)

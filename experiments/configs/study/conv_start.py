@@ -2,8 +2,9 @@
 
     python -m experiments.study conv_start
 
-MQAR as in experiments/configs/mqar.py, the default reading at C = 16, 1,000 steps of 32 examples
-at a learning rate of 1.5e-3. The lines hold what the memories do, see experiments/traces.py.
+MQAR as in experiments/configs/mqar.py, stale chunks of 16 tokens and the read through LN-SiLU,
+1,000 steps of 32 examples at a learning rate of 1.5e-3. The lines hold what the memories do, see
+experiments/traces.py.
 """
 
 from experiments.configs import mqar
@@ -20,6 +21,6 @@ def cells():
   for decay in STARTS:
     cfg = mqar.get_config()
     cfg.steps, cfg.optim.warmup_steps, cfg.optim.peak_lr = 1000, 100, 1.5e-3
-    cfg.model.trellis.conv_decay = decay
+    cfg.model.trellis.update(mqar.STALE, conv_decay=decay)
     cfg.eval.every, cfg.eval.batches = 50, 8
-    yield dict(model="trellis C=16", conv_decay=decay), cfg
+    yield dict(model="trellis C=16 stale", conv_decay=decay), cfg

@@ -3,8 +3,10 @@
     python -m experiments.study default_reading
 
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
-M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. C = 16 takes all inner gradients of a
-chunk at its start, C = 1 is the exact recurrence; the step starts at 1 / C, or .5 for C = 1.
+M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. "trellis" is the library's default,
+linearised chunks of 64, here one chunk, and also in chunks of 16; "stale" has all inner gradients
+of a chunk taken at its start, with a step that starts at 1 / C and not .5, and the read through
+LN-SiLU; C = 1 is the exact recurrence.
 "linear" has linear phi and layer-normed targets. Gated DeltaNet has the same shell, keys of 32 and
 values of 64; its convolutions start at the present token by default, Trellis's of keys at 2^-j.
 """
@@ -16,7 +18,9 @@ LEARNING_RATES = ()
 COLUMNS = ("rate",)
 RATES = (1.5e-3, 3e-3, 6e-3)
 MODELS = {
+  "trellis": ("trellis", {}),
   "trellis C=16": ("trellis", dict(chunk_size=16)),
+  "trellis C=16 stale": ("trellis", mqar.STALE),
   "trellis C=1": ("trellis", dict(chunk_size=1)),
   "gated_delta_net": ("gated_delta_net", dict(head_dim=32, value_dim=64, conv_taps=4)),
   "gated_delta_net conv_decay=0.5": (

@@ -2,7 +2,8 @@
 
     python -m experiments.study outer_gradient
 
-MQAR as in experiments/configs/mqar.py, the default reading at C = 16, ten seeds, 700 steps of 32
+MQAR as in experiments/configs/mqar.py, in the library's default, linearised chunks of 64, which is
+one chunk here, and in stale chunks of 16 with the read through LN-SiLU; ten seeds, 700 steps of 32
 examples at a learning rate of 3e-3. `rho` scales what the inner gradient's own derivative by the
 memory sends back; the path through the targets is whole for every rho.
 """
@@ -13,13 +14,15 @@ SEEDS = tuple(range(10))
 LEARNING_RATES = ()
 COLUMNS = ("rho",)
 RHOS = (1.0, 0.5, 0.0)
+CHUNKS = {"trellis": {}, "trellis C=16 stale": mqar.STALE}
 
 
 def cells():
   """Yields (labels, config) of every setting."""
-  for rho in RHOS:
-    cfg = mqar.get_config()
-    cfg.steps, cfg.optim.warmup_steps = 700, 70
-    cfg.model.trellis.outer_gradient = rho
-    cfg.eval.every, cfg.eval.batches = 100, 16
-    yield dict(model="trellis C=16", rho=rho), cfg
+  for name, chunks in CHUNKS.items():
+    for rho in RHOS:
+      cfg = mqar.get_config()
+      cfg.steps, cfg.optim.warmup_steps = 700, 70
+      cfg.model.trellis.update(chunks, outer_gradient=rho)
+      cfg.eval.every, cfg.eval.batches = 100, 16
+      yield dict(model=name, rho=rho), cfg

@@ -16,7 +16,8 @@ COLUMNS = ("rebound", "gap")
 REBOUND, GAPS = (0, 3, 6), (16, 80)
 RIVAL = dict(head_dim=32, value_dim=64, conv_taps=4)
 MODELS = {
-  "trellis C=16": ("trellis", dict(chunk_size=16)),
+  "trellis": ("trellis", {}),
+  "trellis C=16 stale": ("trellis", mqar.STALE),
   "trellis C=1": ("trellis", dict(chunk_size=1)),
   "gated_delta_net": ("gated_delta_net", RIVAL),
   "delta_net": ("delta_net", RIVAL),
