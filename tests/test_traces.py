@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from experiments import config, traces
@@ -31,8 +32,9 @@ def _lm(mixer="trellis", **knobs):
   return LM(cfg, rngs=nnx.Rngs(0))
 
 
-def test_the_means_are_those_of_the_trace():
-  lm, batch = _lm(num_slots=6, chunk_size=4), _batch()
+@pytest.mark.parametrize(("curvature", "together"), [(0.0, 4), (1.0, 1)])
+def test_the_means_are_those_of_the_trace(curvature, together):
+  lm, batch = _lm(num_slots=6, chunk_size=4, curvature=curvature), _batch()
   got = traces.measure(lm, batch, _data(3, 4))
   trace = inspect.trace_lm(lm, batch["tokens"], every=24)[1]
   assert all(value.shape == (2,) for value in got.values())
@@ -40,7 +42,7 @@ def test_the_means_are_those_of_the_trace():
   want = {
     "write_v": np.mean(trace["write_v"]),
     "gain_v": before - after,
-    "overshoot": 4 * np.mean(trace["step_size"]),  # keys have length 1
+    "overshoot": together * np.mean(trace["step_size"]),  # keys have length 1
     "rank_target": np.mean(
       [inspect.effective_rank(trace["target"][b, :, h]) for b in range(5) for h in range(2)]
     ),
