@@ -134,6 +134,9 @@ def test_the_literal_reading_is_the_librarys_and_each_choice_stands_alone():
     merged |= found
   assert changes(rows["default"], rows["literal"]) == merged
   assert len(merged) == len(readings.LITERAL) == sum(map(len, readings.CHOICES.values()))
+  for name, knobs in readings.TRIED.items():
+    want = {f"model.trellis.{knob}": value for knob, value in knobs.items()}
+    assert changes(rows["default"], rows[name]) == want
 
 
 def test_the_lengths_of_table_4_differ_in_rows_alone():

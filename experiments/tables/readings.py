@@ -1,4 +1,4 @@
-"""The literal reading of the paper, and each of its choices alone."""
+"""The literal reading of the paper, each of its choices alone, and others."""
 
 import pathlib
 
@@ -8,4 +8,4 @@ from experiments.tables import language, page
 def build(results: pathlib.Path) -> page.Page:
   """The page of the readings."""
   lines = language.read(results, "readings")
-  return language.build("readings", "The literal reading, choice by choice", lines)
+  return language.build("readings", "Readings, choice by choice", lines)

@@ -1,4 +1,4 @@
-"""The paper taken at its word, all at once and choice by choice; 125M, the Pile, T = 2k.
+"""The paper taken at its word, all at once and choice by choice, and what else was tried.
 
     python -m experiments.tables.run readings --scale=mini --data=FOLDER
     python -m experiments.main --config=experiments/configs/paper/readings.py:paper,literal
@@ -6,8 +6,9 @@
 The paper writes alpha as a plain linear map, no length for queries, keys and values, an activation
 on the values, L2-normalised SiLU for f, the same symbol for phi and for the read, and takes all
 inner gradients of a chunk at its start, here in chunks of 16. `default` is the library's reading,
-and each other row changes one choice of it into the literal one; none has a number of its own in
-the paper. A run takes 1.7e18 FLOPs at the paper's scale.
+and each row after `literal` changes one choice of it, first into the paper's, then into what else
+was tried; `own_map_of_queries` has more parameters, a twentieth at mini. None has a number in the
+paper. 125M parameters on the Pile, T = 2k: a run takes 1.7e18 FLOPs at the paper's scale.
 """
 
 import ml_collections
@@ -26,13 +27,26 @@ CHOICES = {
   "read_l2_silu": {"phi_out": "l2_silu"},
   "stale_chunks": {"chunk_size": 16, "curvature": 0.0},
 }
+TRIED = {
+  "phi_and_target_linear": {"phi": "identity", "target": "layer_norm"},
+  "phi_eps_0.25": {"phi_eps": 0.25},
+  "steps_up_to_2": {"step_scale": 2.0, "step_init": 1.0},
+  "curvature_0.5": {"curvature": 0.5},
+  "forget_from_0.95": {"forget_init": 0.95},
+  "forget_from_0.998": {"forget_init": 0.998},
+  "learned_first_memory": {"initial_memory": "learned"},
+  "keys_from_the_present": {"conv_decay": 0.0},
+  "own_map_of_queries": {"share_qk": False},
+  "silu_gate_norm_by_head": {"gate": "silu", "post_norm": "head_rms"},
+  "first_order": {"outer_gradient": 0.0},
+}
 LITERAL = {knob: value for change in CHOICES.values() for knob, value in change.items()}
 
 
 def rows(scale: str):
   """Yields the rows at a scale."""
   size, data = ("125m", "pile") if scale == "paper" else (scale, "")
-  for name, knobs in {"default": {}, "literal": LITERAL, **CHOICES}.items():
+  for name, knobs in {"default": {}, "literal": LITERAL, **CHOICES, **TRIED}.items():
     yield base.row(dict(row=name), size, "trellis", CONTEXT, data=data, **knobs)
 
 
