@@ -219,7 +219,7 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   save(tmp_path / "study" / "mqar_noise.jsonl", lines)
   built = tables.build("mqar", tmp_path)
   assert "0.29 (0.04-0.54) 10" in built.text and ".." in built.text
-  assert built.status == "mqar_noise: 4 of 54 settings" and set(built.figures) == {"mqar_noise"}
+  assert built.status == "mqar_noise: 4 of 72 settings" and set(built.figures) == {"mqar_noise"}
   (ax,) = built.figures["mqar_noise"].axes
   assert [list(c.lines[0].get_xdata()) for c in ax.containers] == [[8, 16], [8, 16]]
   with (tmp_path / "study" / "mqar_noise.jsonl").open("a") as f:

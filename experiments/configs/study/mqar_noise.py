@@ -1,10 +1,10 @@
-"""Recall after noise at equal states: Trellis's stale, linearised and exact chunks, Gated DeltaNet.
+"""Recall after noise at equal states: Trellis's stale, linearised and exact chunks, and rivals.
 
     python -m experiments.study mqar_noise
 
 MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
 of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
-Trellis n slots of keys and values n wide, for Gated DeltaNet keys n and values 2 n wide. All have
+Trellis n slots of keys and values n wide, for the rivals keys n and values 2 n wide. All have
 short convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others
 at the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
 chunk; the rows that name their C read through LN-SiLU.
@@ -29,6 +29,8 @@ def models(n: int):
   rival = dict(head_dim=n, value_dim=2 * n, conv_taps=4)
   yield "gated_delta_net", "gated_delta_net", rival
   yield "gated_delta_net conv_decay=0.5", "gated_delta_net", dict(rival, conv_decay=0.5)
+  yield "linear_attention", "linear_attention", rival
+  yield "mamba2", "mamba2", dict(state_dim=n, value_dim=2 * n, conv_taps=4)
 
 
 def cells():
