@@ -123,7 +123,7 @@ def test_gates_of_the_built_model_start_where_the_config_says():
     mixer = nnx.merge(graph, jax.tree.map(lambda p: p[layer], params))
     (*_, log_beta, gamma), _ = mixer.op_inputs(x)
     assert abs(float(jnp.mean(jnp.exp(log_beta))) - 0.98) < 0.005
-    assert abs(float(jnp.mean(gamma)) - 1 / 4) < 0.02
+    assert abs(float(jnp.mean(gamma)) - 0.5) < 0.02
 
 
 def test_the_first_loss_is_log_vocab():
