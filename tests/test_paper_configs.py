@@ -88,6 +88,17 @@ def memory_floats(cfg):
   return mixer.num_heads * mixer.head_dim * mixer.value_dim
 
 
+@pytest.mark.parametrize("scale", ["small", "mini"])
+def test_wide_rows_have_the_state_and_the_widths_of_gated_delta_net(scale):
+  rows = {tuple(r.labels.values()): r.config for r in table4.rows(scale)}
+  wide, rival = rows["trellis_wide", 512], rows["gated_delta_net", 512]
+  assert memory_floats(wide) == memory_floats(rival)
+  lm = lm_of(rival)
+  mixer = nnx.eval_shape(lambda: LM(lm, rngs=nnx.Rngs(0))).blocks()[0][1].mixer
+  knobs = wide.model.trellis
+  assert (knobs.head_dim, knobs.value_dim) == (mixer.head_dim, mixer.value_dim)
+
+
 @pytest.mark.parametrize("size", ["125m", "350m", "mini"])
 def test_half_the_slots_have_the_state_of_delta_net_and_ttt(size):
   matched = memory_floats(base.row({}, size, "trellis", 2048, num_slots=32).config)

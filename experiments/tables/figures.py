@@ -23,6 +23,8 @@ PALE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#882255", "#AA4499", "#DDCC
 STYLES |= dict(zip(OTHERS, zip(PALE, "<>pHd+x")))
 STYLES["trellis_m32"] = (plots.VERMILLION, "h")
 STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
+STYLES["trellis_wide"] = (plots.VERMILLION, "D")
+STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 
 

@@ -22,6 +22,8 @@ NAMES = {
   **base.NAMES,
   "trellis_m32": "Trellis, M = 32",
   "trellis_m32_exact": "Trellis, M = 32, C = 1",
+  "trellis_wide": "Trellis, M = 32, wide",
+  "trellis_wide_exact": "Trellis, M = 32, wide, C = 1",
 }
 NOT_FINITE = "not finite"
 

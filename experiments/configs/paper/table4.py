@@ -7,10 +7,11 @@ r"""Table 4: perplexity by the length that a model is trained at, seven mixers.
 The paper has Trellis at 10.87 and 10.60 on the Pile at 2k and 8k, at 19.09 with 512 to 17.18 with
 32k tokens of Books, and at 8.26 with 350M parameters. A run of the 125M size takes 1.7e18 FLOPs,
 one of the 350M size 1.6e19. At the small scales the text is the one that is given, at all lengths
-of Books that a step has room for: 8k at mini, 32k at small; and there are two state-matched Trellis
-besides, of M = 32, whose memories are as large as DeltaNet's and whose parameters are as many: the
-default's chunks, which keep the memory at the chunk's start besides, and the exact recurrence
-(C = 1), which keeps nothing else.
+of Books that a step has room for: 8k at mini, 32k at small; and there are state-matched Trellis
+besides, of M = 32 and as many parameters. `trellis_m32` has memories as large as DeltaNet's, and
+`trellis_wide` those of Gated DeltaNet and its widths, keys of 3/4 and values of 3/2 of the model's;
+both in the default's chunks, which keep the memory at the chunk's start besides, and as the exact
+recurrence (C = 1), which keeps nothing else.
 """
 
 import math
@@ -37,17 +38,23 @@ PUBLISHED = {
   "trellis": (10.87, 10.60, 19.09, 17.92, 17.19, 16.71, 16.56, 16.58, 17.18, 8.26),
 }
 TOKENS = {"125m": 2.4e9, "350m": 7.5e9}
-MATCHED = {  # at the small scales
+# At the small scales, where heads are 64 wide. `wide` has Gated DeltaNet's keys and values.
+_WIDE = {"num_slots": 32, "head_dim": 48, "value_dim": 96}
+MATCHED = {
   "trellis_m32": {"num_slots": 32},
   "trellis_m32_exact": {"num_slots": 32, "chunk_size": 1},
+  "trellis_wide": _WIDE,
+  "trellis_wide_exact": _WIDE | {"chunk_size": 1},
 }
 
 
-def matched_mlp(scale: str) -> int:
-  """The MLP's width that has the parameters which 32 slots have less than 64."""
+def matched_mlp(scale: str, knobs: dict) -> int:
+  """The MLP's width that makes up for the columns which a Trellis has less or more than M = 64."""
   size = base.SIZES[scale]
-  targets = size.num_heads * 32  # columns of W_a; a feature of SwiGLU has 3
-  return size.mlp_widths[-1] + 8 * math.ceil(targets / 3 / 8)
+  keys, values = knobs.get("head_dim", 64), knobs.get("value_dim", 64)
+  # Maps of queries and keys, alpha; of values, gate and output. A feature of SwiGLU has 3 columns.
+  less = size.num_heads * ((64 - keys) + (64 - knobs["num_slots"]) + 3 * (64 - values))
+  return size.mlp_widths[-1] + 8 * math.ceil(less / 3 / 8)
 
 
 def rows(scale: str):
@@ -62,7 +69,7 @@ def rows(scale: str):
     return
   for model in (*PUBLISHED, *MATCHED):
     mixer, knobs = ("trellis", MATCHED[model]) if model in MATCHED else (model, {})
-    mlp = matched_mlp(scale) if model in MATCHED else 0
+    mlp = matched_mlp(scale, knobs) if model in MATCHED else 0
     books = dict(zip(BOOKS, PUBLISHED.get(model, ())[2:]))
     for context in base.contexts(scale, BOOKS):
       labels, number = dict(model=model, context=context), books.get(context)
