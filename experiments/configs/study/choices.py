@@ -31,7 +31,7 @@ CHOICES = (
   {"f": "l2_silu"},
   {"f": "softmax"},
   {"phi_out": "l2_silu"},
-  # Steps, and what follows them inside a chunk. Steps of at most 2 / C cannot overshoot.
+  # Steps, and what follows them inside a chunk. Stale steps of up to 2 / C cannot overshoot.
   {"step_init": 0.125},
   {"step_init": 0.0625},
   {"step_scale": 2.0, "step_init": 1.0},

@@ -7,8 +7,8 @@ of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2
 Trellis n slots of keys and values n wide, for the rivals keys n and values 2 n wide. All have
 short convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others
 at the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
-chunk; the rows that name their C read through LN-SiLU.
-What C > 1 keeps beside the memories, those at the start of the chunk, is not counted.
+chunk; the rows that name their C read through LN-SiLU. What C > 1 keeps beside the memories, those
+at the start of the chunk, is not counted.
 """
 
 from experiments.configs import mqar
