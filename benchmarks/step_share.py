@@ -127,10 +127,10 @@ weights in products, {TOKENS} tokens a chip and step, no rematerialisation, no c
 **{verdict}**
 
 * Op: rows of kernel_tpu.md (libtpu {versions}), forward that saves and backward, times
-  {HEADS} heads and {LAYERS} layers. `12 heads` is one row of the batch a program. A training step's
-  call has several, and a program takes as many of them as fill it; the estimator cannot see that,
-  so the other rows stand for it: as many heads of one row, and what 12 heads waste of the last pack
-  (at C = 16 a pack has 8 heads).
+  {HEADS} heads and {LAYERS} layers. They have LN-SiLU on the read, the default nothing.
+  `12 heads` is one row of the batch a program. A training step's call has several, and a program
+  takes as many of them as fill it; the estimator cannot see that, so the other rows stand for it:
+  as many heads of one row, and what 12 heads waste of the last pack (at C = 16 a pack has 8 heads).
 * Products: 6 FLOPs a weight and token at {peaks} TFLOP/s. {UTILISATION:.0%} is what libtpu
   expects of a product of 2,048 x 2,048 matrices in Pallas; a step reaches less as a rule, which
   would lower the op's share.

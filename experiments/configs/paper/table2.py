@@ -4,12 +4,12 @@
     python -m experiments.main --config=experiments/configs/paper/table2.py:paper,no_forget
 
 The paper has Trellis at 10.87, without the forget gate at 11.28, with linear phi at 11.65. A run
-takes 1.7e18 FLOPs. `exact` is C = 1; the other rows have linearised chunks of 64 tokens, except for
-`stale_16` and `stale_64`, in which all inner gradients of a chunk are taken at its start, and no
-activation on the read, except for `read_ln_silu`. These three and `literal` have no number in the
-paper. The last is its text taken at its word (raw linear
-targets, writes as they come, eps 1e-5 in phi, L2-SiLU for f, stale chunks), where the other rows
-have the library's defaults; readings.py has each of these choices alone.
+takes 1.7e18 FLOPs. Rows have the library's defaults where their name does not say otherwise, such
+as linearised chunks of 64 tokens and no activation on the read. `exact` is C = 1. In `stale_16` and
+`stale_64` all inner gradients of a chunk are taken at its start; these two, `read_ln_silu` and
+`literal` have no number in the paper. The last is its text taken at its word (raw linear targets,
+writes as they come, eps 1e-5 in phi, L2-SiLU for f and on the read, stale chunks); readings.py has
+each of these choices alone.
 """
 
 import ml_collections

@@ -6,9 +6,9 @@ MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, v
 M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. "trellis" is the library's default,
 linearised chunks of 64, here one chunk, and also in chunks of 16; "stale" has all inner gradients
 of a chunk taken at its start, with a step that starts at 1 / C and not .5, and the read through
-LN-SiLU; C = 1 is the exact recurrence.
-"linear" has linear phi and layer-normed targets. Gated DeltaNet has the same shell, keys of 32 and
-values of 64; its convolutions start at the present token by default, Trellis's of keys at 2^-j.
+LN-SiLU; C = 1 is the exact recurrence. "linear" has linear phi and layer-normed targets. Gated
+DeltaNet has the same shell, keys of 32 and values of 64; its convolutions start at the present
+token by default, Trellis's of keys at 2^-j.
 """
 
 from experiments.configs import mqar
