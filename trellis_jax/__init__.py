@@ -1,5 +1,11 @@
 """Trellis in JAX: attention whose key-value cache is a memory of fixed size (COLM 2025)."""
 
+# Before anything computes.
+from trellis_jax import cpu_compiler
+
+cpu_compiler.leave_sums_to_xla()
+
+# ruff: noqa: E402
 from trellis_jax import inspect, mixers, sharding
 from trellis_jax.attention import TrellisAttention
 from trellis_jax.forecaster import Forecaster, ForecasterConfig
