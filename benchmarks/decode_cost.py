@@ -16,7 +16,7 @@ import tabulate
 from flax import nnx
 
 from experiments import provenance
-from trellis_jax import LM, LMConfig
+from trellis_jax import LM, LMConfig, mixers
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "decode_cost.md"
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -56,9 +56,10 @@ def main() -> None:
     rows.append([f"{context:,}", 1e3 * median, median / first, f"{size:,}"])
   columns = ["context", "ms a token", "of the first", "state bytes"]
   table = tabulate.tabulate(rows, columns, tablefmt="github", floatfmt=".2f")
-  machine = provenance.machine()
+  machine, mixer = provenance.machine(), mixers.configure(cfg.mixer)
   text = f"    python -m benchmarks.decode_cost\n\n{machine}; fp32, {cfg.num_layers} layers, width "
-  text += f"{cfg.width}, {cfg.num_heads} heads, M = 64, C = 16.\n\n{table}\n"
+  text += f"{cfg.width}, {cfg.num_heads} heads, M = {mixer.num_slots}, C = {mixer.chunk_size}.\n\n"
+  text += f"{table}\n"
   provenance.write(RESULTS, text)
   print(text)
 
