@@ -32,6 +32,7 @@ TRIED = {
   "phi_eps_0.25": {"phi_eps": 0.25},
   "steps_up_to_2": {"step_scale": 2.0, "step_init": 1.0},
   "curvature_0.5": {"curvature": 0.5},
+  "forget_from_0.9": {"forget_init": 0.9},
   "forget_from_0.95": {"forget_init": 0.95},
   "forget_from_0.998": {"forget_init": 0.998},
   "learned_first_memory": {"initial_memory": "learned"},
