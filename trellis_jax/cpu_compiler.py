@@ -9,10 +9,11 @@ XLA reads its flags once, before a process's first computation: a program that c
 before it imports this library has to set the flag itself.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
+
+import jaxlib
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # XLA stops at a flag that it does not know: only versions that have it, those of setup.py.
@@ -41,6 +42,6 @@ def flags(environ: Mapping[str, str], jaxlib: str, libtpu: bool) -> str:
 def leave_sums_to_xla() -> None:
   """Sets XLA_FLAGS for computations from now on; to be called before the first one."""
   libtpu = importlib.util.find_spec("libtpu") is not None
-  given = flags(os.environ, importlib.metadata.version("jaxlib"), libtpu)
+  given = flags(os.environ, jaxlib.__version__, libtpu)
   if given:
     os.environ["XLA_FLAGS"] = given
