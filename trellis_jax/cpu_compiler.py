@@ -3,7 +3,8 @@
 Since jaxlib 0.10.2 it hands sums, with what is around them, to YNNPACK, and some of these programs
 read memory that nothing has written: the op's outputs for 64 rows of one chunk were of the size
 1e30 when its last state was not asked for, with jaxlib 0.10.2 as with 0.12.0.1 (jax-ml/jax issues
-39103 and 40412 are of the same kind). The flag leaves sums to XLA, products stay with YNNPACK.
+39103 and 40412 are of the same kind). The flag leaves sums to XLA, products stay with YNNPACK; a
+decoder's single tokens are slower for it (benchmarks/decode_cost.py with the flag as it comes).
 
 XLA reads its flags once, before a process's first computation: a program that computes something
 before it imports this library has to set the flag itself.
