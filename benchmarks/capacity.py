@@ -20,6 +20,7 @@ import tabulate
 
 from experiments import provenance
 from trellis_jax import nn, trellis
+from trellis_jax.mixers.trellis import Config, targets
 from trellis_jax.ops import activations
 from trellis_jax.ops.affine import affine
 
@@ -31,23 +32,14 @@ KEYS, VALUES = 48, 96
 SHAPES = ((24, 96, 96), (32, 48, 96), (36, 64, 64), (48, 48, 48), (64, 36, 36))
 
 
-class Reading(NamedTuple):
-  """A reading of the paper: activations, the eps of phi, and how targets are made."""
-
-  phi: str = "ln_silu"
-  phi_eps: float = 1.0
-  f: str = "ln_silu"
-  target: str = "phi"
-
-
 READINGS = {
-  "the default": Reading(),
-  "phi_eps 1/4": Reading(phi_eps=0.25),
-  "phi_eps 4": Reading(phi_eps=4.0),
-  "L2-SiLU": Reading("l2_silu", f="l2_silu"),
-  "no f": Reading(f="identity"),
-  "softmax for f": Reading(f="softmax"),
-  "linear phi, layer-normed targets": Reading("identity", target="layer_norm"),
+  "the default": Config(),
+  "phi_eps 1/4": Config(phi_eps=0.25),
+  "phi_eps 4": Config(phi_eps=4.0),
+  "L2-SiLU": Config(phi="l2_silu", f="l2_silu"),
+  "no f": Config(f="identity"),
+  "softmax for f": Config(f="softmax"),
+  "linear phi, layer-normed targets": Config(phi="identity", target="layer_norm"),
 }
 
 
@@ -71,23 +63,20 @@ def pairs(rows: int, n: int, shape: tuple[int, int, int], seed: int = 0) -> Pair
   return Pairs(keys, values, codes)
 
 
-@functools.partial(jax.jit, static_argnames="reading")
-def two_passes(reading: Reading, x: Pairs, step: float) -> tuple[jax.Array, jax.Array]:
-  """Returns the shares of codes and of values that are right."""
-  values = nn.unit(x.values)
-  if reading.target == "phi":
-    targets = activations.activate(reading.phi, reading.phi_eps, x.codes)
-  else:
-    targets = jax.nn.standardize(x.codes, axis=-1)
+@functools.partial(jax.jit, static_argnames="c")
+def two_passes(c: Config, x: Pairs, step: float) -> tuple[jax.Array, jax.Array]:
+  """Returns the shares of codes and of values that are right, with the exact recurrence."""
+  values, codes = nn.unit(x.values), targets(c, x.codes)
   head = lambda y: y[:, :, None]
   gates = jnp.ones((*x.keys.shape[:2], 1))
-  arrays = map(head, (x.keys, x.keys, values, targets))
-  knobs = dict(phi=reading.phi, phi_eps=reading.phi_eps, f=reading.f, phi_out="identity")
-  _, state = trellis(*arrays, 0 * gates, step * gates, chunk_size=1, **knobs)
-  z = jnp.einsum("bnd,bmd->bnm", x.keys, state.memory_k[:, 0])
-  code = activations.activate(reading.f, 1e-5, z)
+  knobs = dict(phi=c.phi, phi_eps=c.phi_eps, f=c.f, phi_out=c.phi_out, eps=c.eps, chunk_size=1)
+  arrays = map(head, (x.keys, x.keys, values, codes))
+  _, state = trellis(*arrays, 0 * gates, step * gates, **knobs)
+  asked = jnp.einsum("bnd,bmd->bnm", x.keys, state.memory_k[:, 0])
+  code = activations.activate(c.f, c.eps, asked)
   read = jnp.einsum("bnm,bmv->bnv", code, state.memory_v[:, 0])
-  return right(code, targets), right(read, values)
+  read = activations.activate(c.phi_out, c.eps, read)
+  return right(code, codes), right(read, values)
 
 
 @jax.jit
@@ -116,13 +105,13 @@ def table(rows: int = ROWS, numbers: tuple[int, ...] = PAIRS) -> Iterator[list]:
     x = pairs(rows, n, (1, KEYS, VALUES))
     line += ["", best(delta_rule(x, step) for step in STEPS if step <= 1)]
   yield line
-  for name, reading in READINGS.items():
+  for name, config in READINGS.items():
     everywhere = name in ("the default", "linear phi, layer-normed targets")
     for shape in SHAPES if everywhere else ((32, KEYS, VALUES),):
       line = [name, *shape]
       for n in numbers:
         x = pairs(rows, n, shape)
-        shares = zip(*(two_passes(reading, x, step) for step in STEPS))
+        shares = zip(*(two_passes(config, x, step) for step in STEPS))
         line += [best(share) for share in shares]
       yield line
 

@@ -13,7 +13,7 @@ def test_a_small_table_has_all_readings_and_few_pairs_come_back():
 
 def test_memories_hold_fewer_of_many_pairs_and_nothing_that_was_not_written():
   few, many = (capacity.pairs(4, n, (16, 16, 16)) for n in (4, 64))
-  reading = capacity.Reading()
+  reading = capacity.Config()
   for share, less in zip(
     capacity.two_passes(reading, few, 0.5), capacity.two_passes(reading, many, 0.5)
   ):

@@ -1,6 +1,7 @@
 """XLA's CPU compiler does not get the op wrong."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ assert jnp.max(jnp.abs(op("xla")(*x) - op("reference")(*x))) < 1e-3
 def test_outputs_alone_of_many_rows_in_a_fresh_process():
   skip = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
   env = {name: value for name, value in os.environ.items() if name not in skip}
-  subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=env)
+  root = pathlib.Path(__file__).parent.parent
+  subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=env, cwd=root)
 
 
 @pytest.mark.parametrize("given", ["", "--xla_dump_to=x"])

@@ -145,6 +145,16 @@ class Config:
     return cls(**(plain | knobs))
 
 
+def targets(c: Config, alpha: Array) -> Array:
+  """Returns the target codes [..., M] of W_a x, `alpha`, in its dtype."""
+  if c.target == "linear":
+    return alpha
+  wide = alpha.astype(jnp.promote_types(alpha.dtype, jnp.float32))
+  if c.target == "phi":
+    return activations.activate(c.phi, c.phi_eps, wide).astype(alpha.dtype)
+  return jax.nn.standardize(wide, axis=-1, epsilon=c.eps).astype(alpha.dtype)
+
+
 def implementations() -> tuple[str, ...]:
   """Returns the names that `implementation=` takes."""
   return ("reference", "xla", *backends.kernels())
@@ -305,16 +315,7 @@ class Mixer(nnx.Module):
       q, k = nn.unit(q), nn.unit(k)
     if c.v_norm == "l2":
       v = nn.unit(v)
-    return (q, k, v, self._targets(alpha), *self._gates(x)), taps
-
-  def _targets(self, alpha):
-    c = self.config
-    if c.target == "linear":
-      return alpha
-    wide = alpha.astype(jnp.promote_types(alpha.dtype, jnp.float32))
-    if c.target == "phi":
-      return activations.activate(c.phi, c.phi_eps, wide).astype(alpha.dtype)
-    return jax.nn.standardize(wide, axis=-1, epsilon=c.eps).astype(alpha.dtype)
+    return (q, k, v, targets(c, alpha), *self._gates(x)), taps
 
   def _gates(self, x):
     """Returns (log_beta, gamma) [B, T, H] in fp32."""
