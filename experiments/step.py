@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from experiments import loss
 
-Batch = dict[str, Array]  # tokens, targets, segment_ids, weights: [B, T]
+# tokens, targets, weights and, where a row may hold more than one document, segment_ids: [B, T]
+Batch = dict[str, Array]
 Params = Any  # nested dict of fp32 arrays
 LossFn = Callable[[Params, Batch], loss.LossSums]
 
@@ -35,7 +36,7 @@ def loss_fn(graphdef: nnx.GraphDef, *, z_loss: float, batch_shards: int) -> Loss
 
   def sums(params: Params, batch: Batch) -> loss.LossSums:
     lm = nnx.merge(graphdef, params)
-    hidden, _ = lm.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+    hidden, _ = lm.hidden(batch["tokens"], segment_ids=batch.get("segment_ids"))
     targets, weights = batch["targets"], batch["weights"]
     return loss.cross_entropy(
       hidden, lm.head_kernel(), targets, weights, z_loss=z_loss, batch_shards=batch_shards

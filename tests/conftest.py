@@ -13,7 +13,8 @@ _quick = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   # The emitter that compiles in two thirds of the time; later ones do not know the flag, and stop.
   _quick += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _quick)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ.setdefault("XLA_FLAGS", _quick)
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 )

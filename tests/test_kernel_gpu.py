@@ -1,5 +1,9 @@
-"""The GPU kernels without a GPU: numbers by Pallas' interpreter, programs lowered for CUDA."""
+"""The GPU kernels: numbers by Pallas' interpreter, programs lowered for CUDA.
 
+Where JAX has a GPU (JAX_PLATFORMS=cuda) the numbers are those of the compiled kernels instead.
+"""
+
+import contextlib
 import functools
 import re
 
@@ -24,17 +28,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*deprecated:Deprecation
 
 FORWARD, GRADIENT, BF16 = 2e-5, 2e-4, 1e-2
 NAMES = ("identity", "silu", "ln_silu", "l2_silu")
+# JAX's own products of fp32 operands are TF32 on GPUs by default, and so are the kernels'.
+EXACT = {"precision": "highest"}
+
+
+def _kernels_run():
+  """Runs the kernels as they are where there is a GPU, interpreted where there is none."""
+  on_gpu = jax.default_backend() == "gpu"
+  return contextlib.nullcontext() if on_gpu else triton_gpu.interpreted()
 
 
 def _distances(knobs, with_state=False, segment_ids=None, dtype=np.float32, **sizes):
-  """Returns how far the interpreted kernels are from the definition in float64.
+  """Returns how far the kernels are from the definition in float64.
 
   That of the outputs and the state, then those of the gradients.
   """
-  knobs = tuple(sorted(knobs.items()))
+  knobs = tuple(sorted((EXACT | knobs).items()))
   results = []
   for implementation, wide in (("triton_gpu", False), ("reference", True)):
-    with jax.enable_x64(wide), triton_gpu.interpreted():
+    with jax.enable_x64(wide), _kernels_run():
       arrays, memory = op_cases.inputs(dtype=np.float32, **sizes)
       state = op_cases.state(arrays, dict(knobs)["chunk_size"]) if with_state else None
       arrays = (*(x.astype(dtype) for x in arrays[:4]), *arrays[4:])
@@ -49,7 +61,7 @@ def _distances(knobs, with_state=False, segment_ids=None, dtype=np.float32, **si
 
 
 def _check(knobs, **kw):
-  """Compares the interpreted kernels with fp32 operands with the definition in float64."""
+  """Compares the kernels with fp32 operands with the definition in float64."""
   forward, *gradients = _distances(knobs, **kw)
   assert forward <= FORWARD
   assert max(gradients) <= GRADIENT
@@ -138,7 +150,7 @@ def test_bf16_operands_in_chunks_of_16():
 @pytest.mark.parametrize("at", [7, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
   arrays, memory = op_cases.inputs(t=100, dtype=np.float32, b=1, **SMALL)
-  run = functools.partial(trellis, implementation="triton_gpu", chunk_size=32)
+  run = functools.partial(trellis, implementation="triton_gpu", chunk_size=32, **EXACT)
 
   def whole(arrays):
     o, state = run(*arrays, initial_memory=memory)
@@ -151,7 +163,7 @@ def test_a_split_gives_the_outputs_the_state_and_the_gradients_of_one_pass(at):
     o = jnp.concatenate([o, more], axis=1)
     return op_cases.scalar(o, state), (o, state)
 
-  with triton_gpu.interpreted():
+  with _kernels_run():
     (_, want), want_grads = jax.jit(jax.value_and_grad(whole, has_aux=True))(arrays)
     (_, got), grads = jax.jit(jax.value_and_grad(parts, has_aux=True))(arrays)
   assert op_cases.distance(got, want) <= FORWARD
@@ -163,9 +175,9 @@ def test_single_tokens_go_through_chunks_padding_and_restarts(curvature):
   arrays, memory = op_cases.inputs(t=40, dtype=np.float32, **SMALL)
   ids = jnp.asarray([[1] * 9 + [0] * 2 + [2] * 29, [3] * 35 + [4] * 5], jnp.int32)
   run = lambda name: op_cases.single_tokens(
-    name, arrays, memory, ids, phi="l2_silu", phi_out="silu", curvature=curvature
+    name, arrays, memory, ids, phi="l2_silu", phi_out="silu", curvature=curvature, **EXACT
   )
-  with triton_gpu.interpreted():
+  with _kernels_run():
     got, grads = run("triton_gpu")
   want, want_grads = run("reference")
   assert op_cases.distance(got, want) <= FORWARD
@@ -177,9 +189,9 @@ def test_erasing_gates_and_tiny_decays():
   gates = np.array(arrays[4])
   gates[:, ::7], gates[:, 3::5] = -np.inf, np.log(1e-6)
   arrays = (*arrays[:4], jnp.asarray(gates), arrays[5])
-  knobs = (("chunk_size", 16),)
+  knobs = (("chunk_size", 16), *EXACT.items())
   want = op_cases.value_and_grads(arrays, memory, None, None, "reference", knobs)
-  with triton_gpu.interpreted():
+  with _kernels_run():
     got = op_cases.value_and_grads(arrays, memory, None, None, "triton_gpu", knobs)
   assert op_cases.distance(got[0], want[0]) <= FORWARD
   assert op_cases.distance(got[1], want[1]) <= GRADIENT

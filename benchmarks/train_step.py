@@ -1,0 +1,154 @@
+"""Times a training step of the 125M model on the accelerator that is here, and where it goes.
+
+    python -m benchmarks.train_step
+
+The model, optimiser and step are those of the paper's 125M rows (experiments/configs/paper), in
+bfloat16, on one device and without rematerialisation; tokens are random, a row one document or, in
+the row that says so, of documents that the op has to tell apart. Each mixer's step is timed
+as blocked calls after ones that do not count, and once more under the profiler, which tells the
+share of the op's kernels. Writes results/train_step.jsonl and train_step.md.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tabulate
+from flax import nnx
+
+from benchmarks import device_time
+from experiments import config, optim, provenance
+from experiments import step as step_lib
+from experiments.configs.paper import base
+from trellis_jax import LM
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "train_step.jsonl"
+WARM, ROUNDS = 2, 8
+OP = "trellis_"  # what the names of the op's kernels begin with
+MOST_NAMED = 12  # kernels that a line names
+PACKED = "trellis, linearised chunks of 64, documents"
+# Name of the row, mixer, its knobs.
+ROWS = (
+  ("trellis, linearised chunks of 64", "trellis", {}),
+  (PACKED, "trellis", {}),
+  ("trellis, stale chunks of 64", "trellis", dict(curvature=0.0)),
+  ("trellis, stale chunks of 16", "trellis", dict(curvature=0.0, chunk_size=16)),
+  ("attention", "attention", {}),
+  ("gated_delta_net", "gated_delta_net", {}),
+)
+SIZES = {  # size, rows of the batch, T
+  "full": ("125m", 8, 2048),
+  "small": ("mini", 2, 128),
+}
+
+
+def program(size: str, rows: int, tokens: int, mixer: str, knobs: dict[str, Any], packed: bool):
+  """Returns (step, state, batch, parameters) of a mixer's model; the step gives its state away."""
+  cfg = base.row({"model": mixer}, size, mixer, tokens, **knobs).config
+  cfg.model.remat = "none"
+  vocab = base.SIZES[size].vocab_size
+  lm_config = config.lm_config(cfg.model, vocab)
+  optimizer = optim.optimizer(cfg.optim, cfg.steps)
+  make = lambda: LM(lm_config, rngs=nnx.Rngs(0))
+  graphdef, _ = nnx.split(nnx.eval_shape(make), nnx.Param)
+  sums_fn = step_lib.loss_fn(graphdef, z_loss=cfg.optim.z_loss, batch_shards=1)
+  schedule = optim.schedule(cfg.optim, cfg.steps)
+
+  def update(state, batch):
+    return step_lib.train_step(
+      state, batch, sums_fn=sums_fn, optimizer=optimizer, schedule=schedule
+    )
+
+  state = jax.jit(lambda: step_lib.init_state(make, optimizer))()
+  ids = jax.random.randint(jax.random.key(1), (rows, tokens + 1), 0, vocab)
+  one = jnp.ones((rows, tokens), jnp.int32)
+  batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": one.astype(jnp.float32)}
+  if packed:
+    batch["segment_ids"] = 1 + jnp.arange(tokens) * 4 // tokens + 0 * one
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  return jax.jit(update, donate_argnums=0), state, batch, count
+
+
+def line(name: str, mixer: str, knobs: dict[str, Any], size: str, rows: int, tokens: int) -> dict:
+  """What is measured of a row."""
+  print(name, file=sys.stderr, flush=True)
+  update, state, batch, count = program(size, rows, tokens, mixer, knobs, name == PACKED)
+  times = []
+
+  def call():
+    nonlocal state
+    state, metrics = update(state, batch)
+    return metrics
+
+  for _ in range(WARM + ROUNDS):
+    start = time.perf_counter()
+    metrics = jax.block_until_ready(call())
+    times.append(time.perf_counter() - start)
+  if not jnp.isfinite(metrics["loss"] + metrics["grad_norm"]):
+    raise SystemExit(f"{name}: loss {metrics['loss']}, gradient {metrics['grad_norm']}: no time")
+  seconds = statistics.median(times[WARM:])
+  found = {"row": name, "size": size, "B": rows, "T": tokens, "parameters": count}
+  found |= {"step_seconds": seconds, "tokens_per_second": rows * tokens / seconds}
+  kernels = device_time.by_kernel(call, 3)
+  if kernels:
+    most = sorted(kernels.items(), key=lambda x: -x[1])[:MOST_NAMED]
+    found["device_seconds"] = sum(kernels.values())
+    found["op_seconds"] = sum(x for k, x in kernels.items() if k.startswith(OP))
+    found["kernels"] = {k: float(f"{x:.4g}") for k, x in most}
+  return found
+
+
+def report(found: list[dict], command: str, machine: str) -> str:
+  """The text of train_step.md."""
+  columns = ["model", "parameters", "step ms", "k tokens/s", "kernels ms", "of the op", "share"]
+  rows = []
+  for x in found:
+    op, device = x.get("op_seconds"), x.get("device_seconds")
+    ms = lambda seconds: "-" if not seconds else f"{1e3 * seconds:.1f}"
+    rows.append([x["row"], f"{x['parameters'] / 1e6:.1f}M", ms(x["step_seconds"])])
+    rows[-1] += [f"{x['tokens_per_second'] / 1e3:.0f}", ms(device), ms(op)]
+    rows[-1].append(f"{op / device:.0%}" if op else "-")
+  table = tabulate.tabulate(rows, columns, "github", disable_numparse=True)
+  some = found[0]
+  return f"""    {command}
+
+{machine}. A step of the {some["size"]} model with {some["B"]} rows of {some["T"]} tokens on one
+device, without rematerialisation. "Kernels" is what the profiler sums of a step, "of the op"
+those of `pallas_kernels`; where XLA runs the op it has none. The lines name the longest kernels.
+
+{table}
+"""
+
+
+def main(argv: list[str]) -> None:
+  """Measures, prints and writes the table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+  parser.add_argument("--size", choices=list(SIZES), help="by default small on a CPU, else full")
+  parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="a .jsonl file")
+  parser.add_argument("--only", action="append", help="rows whose name has this in it")
+  args = parser.parse_args(argv[1:])
+  size = args.size or ("small" if jax.default_backend() == "cpu" else "full")
+  machine = provenance.machine()
+  revision = provenance.revision("trellis_jax", "pallas_kernels", "benchmarks", "experiments")
+  origin = {"machine": machine, "revision": revision}
+  found = []
+  for row in ROWS:
+    if args.only and not any(word in row[0] for word in args.only):
+      continue
+    found.append({**line(*row, *SIZES[size]), **origin})
+    jax.clear_caches()
+  command = " ".join(["python -m benchmarks.train_step", *argv[1:]])
+  text = report(found, command, f"{machine}; revision {revision}")
+  provenance.write(args.results, "".join(json.dumps(x) + "\n" for x in found))
+  provenance.write(args.results.with_suffix(".md"), text)
+  print(text)
+
+
+if __name__ == "__main__":
+  main(sys.argv)
