@@ -258,20 +258,21 @@ def main(argv: list[str]) -> None:
   small = args.shapes == "small" or (args.shapes is None and jax.default_backend() == "cpu")
   rivals, notes = op_rivals.available()
   limits = ceilings(small, args.rounds)
-  machine = provenance.machine()
-  found, sizes = [], None
-  for shape in SHAPES["small" if small else "full"]:
-    same, sizes = sizes == [shape[n] for n in "BTHDVM"], [shape[n] for n in "BTHDVM"]
-    found += lines(shape, args.rounds, limits, {} if same else rivals)
   origin = {
-    "machine": machine,
+    "machine": provenance.machine(),
     "revision": provenance.revision("trellis_jax", "pallas_kernels", "benchmarks"),
     **limits,
   }
   command = " ".join(["python -m benchmarks.op", *argv[1:]])
-  text = report(found, limits, notes, command, f"{machine}; revision {origin['revision']}")
-  provenance.write(args.results, "".join(json.dumps({**x, **origin}) + "\n" for x in found))
-  provenance.write(args.results.with_suffix(".md"), text)
+  about = f"{origin['machine']}; revision {origin['revision']}"
+  found, sizes = [], None
+  for shape in SHAPES["small" if small else "full"]:
+    same, sizes = sizes == [shape[n] for n in "BTHDVM"], [shape[n] for n in "BTHDVM"]
+    found += lines(shape, args.rounds, limits, {} if same else rivals)
+    # After every shape: whoever is stopped keeps what is there.
+    text = report(found, limits, notes, command, about)
+    provenance.write(args.results, "".join(json.dumps({**x, **origin}) + "\n" for x in found))
+    provenance.write(args.results.with_suffix(".md"), text)
   print(text)
 
 
