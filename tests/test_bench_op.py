@@ -8,7 +8,7 @@ from benchmarks import op
 
 
 def _tiny(monkeypatch):
-  shape = dict(B=1, T=20, H=2, D=8, V=8, M=8, C=4, dtype="float32")
+  shape = dict(B=1, T=20, H=2, D=8, V=8, M=8, C=4, dtype="float32", curvature=0.0)
   monkeypatch.setitem(op.SHAPES, "small", [shape])
   return shape
 
