@@ -13,13 +13,12 @@ results/op.jsonl and op.md.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -173,33 +172,28 @@ def work(shape: dict) -> tuple[tuple[float, float], tuple[float, float]]:
   return (heads * (x + o), heads * flops), (heads * (3 * x + 2 * o), heads * 3 * flops)
 
 
-def lines(shape: dict, rounds: int, limits: dict, rivals: dict) -> list[dict]:
-  """Returns one line for each implementation and rival at a shape."""
+def lines(shape: dict, rounds: int, limits: dict, names: Sequence[str] = ()) -> Iterator[dict]:
+  """Yields a line for each implementation at a shape, as it ends; of all where names are none."""
   sizes = backends.Shapes(*(shape[n] for n in "BTHDVM"), shape["dtype"])
   spec = Spec(chunk_size=shape["C"], curvature=shape["curvature"]).check()
   best = backends.choose(None, spec, sizes)
   fresh = [inputs(shape, seed) for seed in range(3)]
-  found = []
   for name in dict.fromkeys((best, "xla")):
+    if names and name not in names:
+      continue
     print(f"{name} at {shape}", file=sys.stderr, flush=True)
     error = dict(zip(("outputs_distance", "gradients_distance"), check(shape, name)))
     sides = calls(shape, name)
     blocked = [seconds(call, fresh, rounds) for call in sides]
     kernels = [kernels_of(call, fresh[0], rounds) for call in sides]
     device = [sum(x.values()) or None for x in kernels]
-    found.append({"op": f"trellis, {name}", **shape, **error, **_times(blocked, device)})
+    line = {"op": f"trellis, {name}", **shape, **error, **_times(blocked, device)}
     if name != "xla" and kernels[1]:
-      found[-1]["kernels"] = {k: float(f"{x:.4g}") for k, x in kernels[1].items()}
-  for (bytes_, flops), side in zip(work(shape), SIDES):
-    least = max(bytes_ / limits["copy_bytes_per_second"], flops / limits["matmul_flops_per_second"])
-    for line in found:
-      line[f"{side}_roofline"] = least / spent(line, side)
-  for name, make in rivals.items():
-    print(f"{name} at {shape}", file=sys.stderr, flush=True)
-    blocked, device = op_rivals.seconds(functools.partial(make), shape, rounds)
-    sizes = {k: v for k, v in shape.items() if k not in ("C", "curvature")}
-    found.append({"op": name, **sizes, **_times(blocked, device)})
-  return found
+      line["kernels"] = {k: float(f"{x:.4g}") for k, x in kernels[1].items()}
+    for (bytes_, flops), side in zip(work(shape), SIDES):
+      rates = limits["copy_bytes_per_second"], limits["matmul_flops_per_second"]
+      line[f"{side}_roofline"] = max(bytes_ / rates[0], flops / rates[1]) / spent(line, side)
+    yield line
 
 
 def _times(blocked, device) -> dict[str, float]:
@@ -254,6 +248,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--shapes", choices=list(SHAPES), help="by default small on a CPU, else full")
   parser.add_argument("--rounds", type=int, default=20, help="calls that count")
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="a .jsonl file")
+  names = ["xla", *backends.kernels(), "rivals"]
+  parser.add_argument("--only", action="append", default=[], choices=names, help="by default all")
+  parser.add_argument("--limit", type=float, default=op_rivals.LIMIT, help="seconds of a rival")
   args = parser.parse_args(argv[1:])
   small = args.shapes == "small" or (args.shapes is None and jax.default_backend() == "cpu")
   rivals, notes = op_rivals.available()
@@ -265,14 +262,32 @@ def main(argv: list[str]) -> None:
   }
   command = " ".join(["python -m benchmarks.op", *argv[1:]])
   about = f"{origin['machine']}; revision {origin['revision']}"
-  found, sizes = [], None
-  for shape in SHAPES["small" if small else "full"]:
-    same, sizes = sizes == [shape[n] for n in "BTHDVM"], [shape[n] for n in "BTHDVM"]
-    found += lines(shape, args.rounds, limits, {} if same else rivals)
-    # After every shape: whoever is stopped keeps what is there.
+  found = []
+
+  def keep(line):
+    # After every line: whoever is stopped keeps what is there.
+    found.append({**line, **origin})
+    provenance.write(args.results, "".join(json.dumps(x) + "\n" for x in found))
     text = report(found, limits, notes, command, about)
-    provenance.write(args.results, "".join(json.dumps({**x, **origin}) + "\n" for x in found))
     provenance.write(args.results.with_suffix(".md"), text)
+
+  timed = []
+  for shape in SHAPES["small" if small else "full"]:
+    if not args.only or set(args.only) - {"rivals"}:
+      for line in lines(shape, args.rounds, limits, args.only):
+        keep(line)
+    sizes = {k: v for k, v in shape.items() if k not in ("C", "curvature")}
+    if sizes in timed or (args.only and "rivals" not in args.only):
+      continue
+    timed.append(sizes)
+    for name in rivals:
+      print(f"{name} at {sizes}", file=sys.stderr, flush=True)
+      times, note = op_rivals.times(name, sizes, args.rounds, args.limit)
+      notes += [note] * bool(note and note not in notes)
+      if times:
+        keep({"op": name, **sizes, **times})
+  text = report(found, limits, notes, command, about)
+  provenance.write(args.results.with_suffix(".md"), text)
   print(text)
 
 

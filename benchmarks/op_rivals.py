@@ -1,18 +1,45 @@
 """The ops that `benchmarks/op.py` is compared to, where PyTorch and a CUDA device are there.
 
 Gated DeltaNet and gated slot attention of flash-linear-attention, and PyTorch's flash attention:
-heads, widths, slots, dtype and lengths are those of the op, inputs are random. Nothing here is
-imported otherwise, and a package that is missing is a line in the table's foot.
+heads, widths, slots, dtype and lengths are those of the op, inputs are random. Each is timed in a
+process of its own and has so many seconds for it: some of these kernels try many settings before
+their first call, which can take minutes. A package that is missing, or a process that fails or
+takes too long, is a line in the table's foot.
+
+    python -m benchmarks.op_rivals chunk_gsa '{"B": 8, "T": 2048, "H": 12, ...}' 20
 """
 
 import importlib
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
+LIMIT = 150  # seconds of a rival at a shape
+
+
+def times(name: str, shape: dict, rounds: int, limit: float) -> tuple[dict | None, str]:
+  """Returns (what `seconds` says of a rival, or None; a sentence where there is something to say).
+
+  In another process, so that it can be stopped.
+  """
+  command = [sys.executable, "-m", __name__, name, json.dumps(shape), str(rounds)]
+  where = f"{name} at B {shape['B']}, T {shape['T']}"
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+  except subprocess.TimeoutExpired:
+    return None, f"{where} had no time after {limit:g} s"
+  if done.returncode:
+    why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    return None, f"{where} failed: {why[:200]}"
+  said = json.loads(done.stdout.splitlines()[-1])
+  return said["times"], said["note"]
+
 
 def available() -> tuple[dict[str, Callable], list[str]]:
-  """Returns ({name: make(shape) -> call(seed)}, one sentence for each rival that is not there)."""
+  """Returns ({name: make(shape) -> (call, inputs)}, a sentence for each that is not there)."""
   found, missing = {}, []
   torch = _import("torch")
   if torch is None or not torch.cuda.is_available():
@@ -26,13 +53,12 @@ def available() -> tuple[dict[str, Callable], list[str]]:
     if ops is None:
       missing.append(f"no {name}: flash-linear-attention or triton is not installed")
     else:
-      missing += _lift_refusal()
       found[name] = lambda shape, ops=ops, make=make: make(torch, ops, shape)
   found["flash attention"] = lambda shape: _attention(torch, shape)
   return found, missing
 
 
-def _lift_refusal() -> list[str]:
+def _lift_refusal() -> str:
   """Lets flash-linear-attention time its delta rule's backward where Triton compiles it wrongly.
 
   On Hopper it refuses Triton 3.4 to 3.7.0 for that kernel without TileLang (its issue 640). The
@@ -40,12 +66,12 @@ def _lift_refusal() -> list[str]:
   """
   chunk_o = _import("fla.ops.common.chunk_o")
   if getattr(chunk_o, "TRITON_ABOVE_3_7_1", True) or _import("tilelang"):
-    return []
+    return ""
   chunk_o.TRITON_ABOVE_3_7_1 = True
-  return [
+  return (
     "flash-linear-attention holds the backward of chunk_gated_delta_rule to be wrong with this "
     "Triton on Hopper; it is timed all the same"
-  ]
+  )
 
 
 def _import(name: str):
@@ -95,10 +121,10 @@ def _attention(torch, shape):
   return call, (q, k, v)
 
 
-def seconds(make: Callable, shape: dict, rounds: int) -> tuple[list[float], list[float]]:
-  """Returns the seconds of (forward, forward and backward), of blocked calls and of their kernels.
+def seconds(make: Callable, shape: dict, rounds: int) -> dict[str, float]:
+  """Returns the seconds of the forward and of both, as `op.lines` names them.
 
-  Blocked are medians on fresh random inputs; a kernel's time is the profiler's.
+  Blocked are medians on fresh random inputs; a device's are those of its kernels, summed.
   """
   import torch
 
@@ -134,4 +160,19 @@ def seconds(make: Callable, shape: dict, rounds: int) -> tuple[list[float], list
       torch.cuda.synchronize()
     return sum(e.self_device_time_total for e in profile.key_averages()) / times / 1e6
 
-  return [blocked(False), blocked(True)], [device(False), device(True)]
+  found = {}
+  for side, backward in (("forward", False), ("both", True)):
+    found[f"{side}_seconds"] = blocked(backward)
+    found[f"{side}_device_seconds"] = device(backward)
+  return found
+
+
+def main(argv: list[str]) -> None:
+  """Prints the times of one rival at one shape, as JSON."""
+  name, shape, rounds = argv[1], json.loads(argv[2]), int(argv[3])
+  note = _lift_refusal() if name == "chunk_gated_delta_rule" else ""
+  print(json.dumps({"times": seconds(available()[0][name], shape, rounds), "note": note}))
+
+
+if __name__ == "__main__":
+  main(sys.argv)

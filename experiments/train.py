@@ -59,6 +59,16 @@ class Job:
       **kwargs,
     )
 
+  def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
+    """This process's rows on the mesh.
+
+    Without segment ids where text is one document throughout: the mixers need not look for
+    restarts then, and what pads the end of the last row comes after all that counts.
+    """
+    if isinstance(self.dataset, data.Dataset) and self.cfg.data.packing == "concat":
+      batch = {k: v for k, v in batch.items() if k != "segment_ids"}
+    return mesh_lib.put_batch(batch, self.mesh)
+
   def eval_batches(self):
     """The batches of an evaluation, the same ones each time."""
     return itertools.islice(
@@ -151,8 +161,7 @@ def evaluate(job: Job, program: Program, params: step_lib.Params) -> dict[str, f
   """The `eval/` fields of a record: held-out loss, perplexity, accuracy, bits per byte."""
   parts = []
   for batch in job.eval_batches():
-    batch = mesh_lib.put_batch(batch, job.mesh)
-    parts.append(program.evaluate(params, batch, program.token_bytes))
+    parts.append(program.evaluate(params, job.put(batch), program.token_bytes))
     parts[-2:-1] = jax.device_get(parts[-2:-1])  # so that two batches wait in memory at most
   sums = {k: math.fsum(float(part[k]) for part in parts) for k in parts[0]}
   loss = sums["nll"] / sums["count"]
@@ -203,7 +212,7 @@ def _loop(job: Job, program: Program) -> str:
     with _open_log(job, program) as log:
       for n in range(job.start + 1, steps + 1):
         profiler.before(n, state.step)
-        state, values = program.train(state, mesh_lib.put_batch(next(batches), job.mesh))
+        state, values = program.train(state, job.put(next(batches)))
         if pending:  # read while this step runs, so that the device never waits for the host
           log.write(log.read(*pending))
         pending = n, values

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import op
+from benchmarks import op, op_rivals
 
 
 def _tiny(monkeypatch):
@@ -46,3 +46,10 @@ def test_the_work_grows_with_the_tokens_and_the_backward_is_more():
   one, two = (op.work(dict(op.SHAPES["full"][0], T=t)) for t in (1024, 2048))
   assert two[0] == tuple(2 * x for x in one[0])
   assert one[1][0] > 2 * one[0][0] and one[1][1] == 3 * one[0][1]
+
+
+@pytest.mark.parametrize("limit, words", [(60, "failed: KeyError"), (0.01, "no time after 0.01 s")])
+def test_a_rival_that_fails_or_takes_too_long_is_a_sentence(limit, words):
+  shape = dict(B=1, T=20, H=2, D=8, V=8, M=8, dtype="bfloat16")
+  times, note = op_rivals.times("none", shape, 1, limit)
+  assert times is None and note.startswith("none at B 1, T 20") and words in note

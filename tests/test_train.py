@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import checkpoint, hooks, main, metrics, step, train
+from experiments import checkpoint, config, hooks, main, metrics, step, train
+from experiments import mesh as mesh_lib
 from experiments.errors import UserError
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -236,6 +237,21 @@ print(json.dumps({
   ),
 }))
 """
+
+
+def test_text_that_is_one_document_needs_no_segment_ids(home, tmp_path):
+  job = train.prepare(config.parse(["main", *_argv(home, tmp_path / "run", "data.packing=concat")]))
+  program = train.build(job)
+  params = program.init().params
+  *_, last = job.batches("train", shuffle=False, repeat=False)
+  assert not last["weights"].all()  # its last row is padded
+  with jax.set_mesh(job.mesh):
+    without, whole = job.put(last), mesh_lib.put_batch(last, job.mesh)
+    assert "segment_ids" not in without and "segment_ids" in whole
+    got, want = (program.evaluate(params, x, program.token_bytes) for x in (without, whole))
+  assert got.keys() == want.keys() and float(got["count"]) == last["weights"].sum()
+  for key in want:
+    np.testing.assert_allclose(got[key], want[key], rtol=1e-6)
 
 
 def test_parameters_and_moments_are_born_sharded(home, tmp_path):
