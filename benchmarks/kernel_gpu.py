@@ -224,7 +224,7 @@ def report(found: list[dict], command: str, versions: str) -> str:
     clean = f"{len(spilt)} of {len(found)} rows spill: {where}."
   return f"""    {command}
 
-{versions}. What the compiler says, not a measurement: nothing here has run on a GPU.
+{versions}. What the compiler says, not a measurement.
 Registers are per thread (of 255), shared memory per program (of 227 KiB), spilt bytes are stores
 plus loads. {clean}
 
