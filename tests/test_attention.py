@@ -196,8 +196,9 @@ def test_decoding_in_pieces_is_one_call(chunk_size, pieces):
   jax.tree.map(close, state, want_state)
 
 
-def test_decoding_from_the_cache_is_one_call():
-  layer = build()
+@pytest.mark.parametrize("knobs", [{}, dict(v_conv=True)], ids=str)
+def test_decoding_from_the_cache_is_one_call(knobs):
+  layer = build(**knobs)
   layer.init_cache(X.shape)
   ys = [run(layer, x, decode=True) for x in jnp.split(X, [3, 4, 5, 6], axis=1)]
   close(jnp.concatenate(ys, axis=1), run(layer, X))

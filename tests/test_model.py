@@ -140,6 +140,7 @@ def test_the_first_loss_is_log_vocab():
     dict(step_form="softplus", target="layer_norm", gate="none", post_norm="none"),
     dict(step_form="constant", forget=False, initial_memory="learned", value_dim=5),
     dict(head_dim=3, post_norm="head_rms", gate="silu", v_activation="gelu", chunk_size=1),
+    dict(v_conv=True, value_dim=5, v_activation="silu"),
   ],
   ids=str,
 )

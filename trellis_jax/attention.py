@@ -206,7 +206,8 @@ class TrellisAttention(nnx.Module):
     The memories are fp32; dtype is that of the short convolutions' last inputs.
     """
     state = self.init_state(input_shape)
-    state = dataclasses.replace(state, taps=state.taps.astype(dtype))
+    taps, v_taps = jax.tree.map(lambda x: x.astype(dtype), (state.taps, state.v_taps))
+    state = dataclasses.replace(state, taps=taps, v_taps=v_taps)
     # Copies, as a fresh state holds one array twice, which cannot be donated.
     self.cache = nnx.data(jax.tree.map(lambda x: nnx.Cache(jnp.copy(x)), state))
 

@@ -4,7 +4,7 @@ For an input x [B, T, width], per head:
 
   h      = W_qk x                            one map for queries and keys
   q, k   = unit(silu(conv_q h)), unit(silu(conv_k h))
-  v      = unit(act(W_v x))
+  v      = unit(act(W_v x))                  with `v_conv` unit(act(conv_v W_v x))
   a      = phi(W_a x)                        target codes
   b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`
   g      = step_scale sigmoid(w_g x + c_g)   inner step, starting near `step_init`
@@ -66,7 +66,8 @@ class Config:
     conv_taps: K of the short convolutions on q and k; 1 is none.
     conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
       key starts without the token before it, and recall, which binds a value to that, waits.
-    conv_activation, v_activation: after the convolutions, on v.
+    v_conv: whether v has a short convolution too, of as many taps, which starts at its own token.
+    conv_activation, v_activation: after the convolutions of q and k, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     forget: whether there is a forget gate; forget_init: its value on the built model.
     step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
@@ -90,6 +91,7 @@ class Config:
   share_qk: bool = True
   conv_taps: int = 4
   conv_decay: float = 0.5
+  v_conv: bool = False
   conv_activation: str = "silu"
   v_activation: str = "none"
   qk_norm: str = "l2"
@@ -163,10 +165,14 @@ def implementations() -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """memory: of the op; taps: the short convolutions' last K - 1 inputs [B, K-1, W]."""
+  """memory: of the op; taps: the last K - 1 inputs of the convolutions of q and k [B, K-1, W].
+
+  v_taps: of that of v, None without one.
+  """
 
   memory: TrellisState
   taps: Array
+  v_taps: Array | None = None
 
 
 class Mixer(nnx.Module):
@@ -220,6 +226,8 @@ class Mixer(nnx.Module):
       self.conv_q = conv(num_heads * d, c.conv_taps)
       self.conv_k = conv(num_heads * d, c.conv_taps, decay=c.conv_decay)
     self.v, self.alpha = project(v), project(c.num_slots)
+    if c.v_conv:
+      self.conv_v = nn.ShortConv(num_heads * v, c.conv_taps, activation="none", **kw)
     gates = c.forget + (c.step_form != "constant")
     if gates:
       # Narrow and near zero, so that the gates start at their biases.
@@ -278,7 +286,7 @@ class Mixer(nnx.Module):
       implementation=implementation,
       **self.op_knobs(),
     )
-    return self.output(o.astype(self.dtype), x), State(memory, taps)
+    return self.output(o.astype(self.dtype), x), State(memory, *taps)
 
   def op_knobs(self) -> dict[str, Any]:
     """Returns the op's static keyword arguments."""
@@ -300,14 +308,16 @@ class Mixer(nnx.Module):
     if segment_ids is not None:
       run = runs_of(segment_ids, state.memory.segment)
       count = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-    h = self.qk(x)
-    taps = sharding.like(state.taps, h)
+    h, v = self.qk(x), self.v(x)
+    taps, v_taps = sharding.like(state.taps, h), state.v_taps
     q, k = (h, h) if c.share_qk else jnp.split(h, 2, axis=-1)
     if c.conv_taps > 1:
       bq, bk = (taps, taps) if c.share_qk else jnp.split(taps, 2, axis=-1)
       q, k = self.conv_q(q, bq, run), self.conv_k(k, bk, run)
     taps = nn.last_taps(h, taps, run, count)
-    v = self.v(x)
+    if c.v_conv:
+      before = sharding.like(v_taps, v)
+      v, v_taps = self.conv_v(v, before, run), nn.last_taps(v, before, run, count)
     if c.v_activation != "none":
       v = getattr(jax.nn, c.v_activation)(v)
     q, k, v, alpha = heads(q), heads(k), heads(v), heads(self.alpha(x))
@@ -315,7 +325,7 @@ class Mixer(nnx.Module):
       q, k = nn.unit(q), nn.unit(k)
     if c.v_norm == "l2":
       v = nn.unit(v)
-    return (q, k, v, targets(c, alpha), *self._gates(x)), taps
+    return (q, k, v, targets(c, alpha), *self._gates(x)), (taps, v_taps)
 
   def _gates(self, x):
     """Returns (log_beta, gamma) [B, T, H] in fp32."""
@@ -344,8 +354,9 @@ class Mixer(nnx.Module):
       jnp.zeros(shape(self.value_dim)),
     )
     memory = tuple(s.astype(jnp.promote_types(self.dtype, jnp.float32)) for s in memory)
-    taps = jnp.zeros((batch, c.conv_taps - 1, self.qk.out_features), self.dtype)
-    return State(TrellisState.fresh(memory, batch, c.chunk_size), taps)
+    zeros = lambda maps: jnp.zeros((batch, c.conv_taps - 1, maps.out_features), self.dtype)
+    taps = zeros(self.qk), zeros(self.v) if c.v_conv else None
+    return State(TrellisState.fresh(memory, batch, c.chunk_size), *taps)
 
   def flops(self, num_tokens: int) -> int:
     """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head.
@@ -364,5 +375,6 @@ class Mixer(nnx.Module):
   def state_size(self) -> int:
     """Returns the numbers one row carries: memories, chunk-start memories for C > 1, taps."""
     memory = self.num_heads * self.config.num_slots * (self.head_dim + self.value_dim)
-    taps = (self.config.conv_taps - 1) * self.qk.out_features
+    convolved = self.qk.out_features + (self.v.out_features if self.config.v_conv else 0)
+    taps = (self.config.conv_taps - 1) * convolved
     return memory * (1 if self.config.chunk_size == 1 else 2) + taps
