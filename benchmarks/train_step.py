@@ -3,8 +3,8 @@
     python -m benchmarks.train_step
 
 The model, optimiser and step are those of the paper's 125M rows (experiments/configs/paper), in
-bfloat16, on one device and without rematerialisation; tokens are random, a row one document or, in
-the row that says so, of documents that the op has to tell apart. Each mixer's step is timed
+bfloat16, on one device and without rematerialisation; tokens are random, a row of the batch is one
+document or, where the model's name says so, four that the op has to tell apart. Each step is timed
 as blocked calls after ones that do not count, and once more under the profiler, which tells the
 share of the op's kernels. Writes results/train_step.jsonl and train_step.md.
 """
@@ -15,7 +15,9 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import Any
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +34,26 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "train_step.jsonl"
 WARM, ROUNDS = 2, 6
 OP = "trellis_"  # what the names of the op's kernels begin with
 MOST_NAMED = 40  # kernels that a line names besides the op's
-PACKED = "trellis, linearised chunks of 64, documents"
-# Name of the row, mixer, its knobs.
+
+
+class Row(NamedTuple):
+  """A model: its mixer with knobs, other fields of it, and whether a row holds four documents."""
+
+  name: str
+  mixer: str = "trellis"
+  knobs: Mapping[str, Any] = types.MappingProxyType({})
+  model: Mapping[str, Any] = types.MappingProxyType({})
+  packed: bool = False
+
+
 ROWS = (
-  ("trellis, linearised chunks of 64", "trellis", {}),
-  ("attention", "attention", {}),
-  ("gated_delta_net", "gated_delta_net", {}),
-  ("trellis, stale chunks of 64", "trellis", dict(curvature=0.0)),
-  (PACKED, "trellis", {}),
-  ("trellis, stale chunks of 16", "trellis", dict(curvature=0.0, chunk_size=16)),
+  Row("trellis, linearised chunks of 64"),
+  Row("trellis, linearised, layers not scanned", model=dict(scan_layers=False)),
+  Row("trellis, linearised, packed documents", packed=True),
+  Row("attention", "attention"),
+  Row("gated_delta_net", "gated_delta_net"),
+  Row("trellis, stale chunks of 64", knobs=dict(curvature=0.0)),
+  Row("trellis, stale chunks of 16", knobs=dict(curvature=0.0, chunk_size=16)),
 )
 SIZES = {  # size, rows of the batch, T
   "full": ("125m", 8, 2048),
@@ -48,10 +61,11 @@ SIZES = {  # size, rows of the batch, T
 }
 
 
-def program(size: str, rows: int, tokens: int, mixer: str, knobs: dict[str, Any], packed: bool):
-  """Returns (step, state, batch, parameters) of a mixer's model; the step gives its state away."""
-  cfg = base.row({"model": mixer}, size, mixer, tokens, **knobs).config
+def program(row: Row, size: str, rows: int, tokens: int):
+  """Returns (the compiled step, state, batch) of a row; the step gives its state away."""
+  cfg = base.row({"model": row.mixer}, size, row.mixer, tokens, **row.knobs).config
   cfg.model.remat = "none"
+  cfg.model.update(dict(row.model))
   vocab = base.SIZES[size].vocab_size
   lm_config = config.lm_config(cfg.model, vocab)
   optimizer = optim.optimizer(cfg.optim, cfg.steps)
@@ -69,16 +83,16 @@ def program(size: str, rows: int, tokens: int, mixer: str, knobs: dict[str, Any]
   ids = jax.random.randint(jax.random.key(1), (rows, tokens + 1), 0, vocab)
   one = jnp.ones((rows, tokens), jnp.int32)
   batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": one.astype(jnp.float32)}
-  if packed:
+  if row.packed:
     batch["segment_ids"] = 1 + jnp.arange(tokens) * 4 // tokens + 0 * one
-  count = sum(x.size for x in jax.tree.leaves(state.params))
-  return jax.jit(update, donate_argnums=0), state, batch, count
+  return jax.jit(update, donate_argnums=0).lower(state, batch).compile(), state, batch
 
 
-def line(name: str, mixer: str, knobs: dict[str, Any], size: str, rows: int, tokens: int) -> dict:
+def line(row: Row, size: str, rows: int, tokens: int) -> dict[str, Any]:
   """What is measured of a row."""
-  print(name, file=sys.stderr, flush=True)
-  update, state, batch, count = program(size, rows, tokens, mixer, knobs, name == PACKED)
+  print(row.name, file=sys.stderr, flush=True)
+  update, state, batch = program(row, size, rows, tokens)
+  count = sum(x.size for x in jax.tree.leaves(state.params))
   times = []
 
   def call():
@@ -91,10 +105,13 @@ def line(name: str, mixer: str, knobs: dict[str, Any], size: str, rows: int, tok
     metrics = jax.block_until_ready(call())
     times.append(time.perf_counter() - start)
   if not jnp.isfinite(metrics["loss"] + metrics["grad_norm"]):
-    raise SystemExit(f"{name}: loss {metrics['loss']}, gradient {metrics['grad_norm']}: no time")
+    raise SystemExit(
+      f"{row.name}: loss {metrics['loss']}, gradient {metrics['grad_norm']}: no time"
+    )
   seconds = statistics.median(times[WARM:])
-  found = {"row": name, "size": size, "B": rows, "T": tokens, "parameters": count}
+  found = {"row": row.name, "size": size, "B": rows, "T": tokens, "parameters": count}
   found |= {"step_seconds": seconds, "tokens_per_second": rows * tokens / seconds}
+  found["temporary_bytes"] = update.memory_analysis().temp_size_in_bytes
   kernels = device_time.by_kernel(call, 3)
   if kernels:
     most = sorted(kernels.items(), key=lambda x: -x[1])[:MOST_NAMED]
@@ -108,15 +125,19 @@ def line(name: str, mixer: str, knobs: dict[str, Any], size: str, rows: int, tok
 def report(found: list[dict], command: str, machine: str) -> str:
   """The text of train_step.md."""
   columns = ["model", "parameters", "step ms", "k tokens/s", "kernels ms", "of the op", "share"]
+  columns.append("temporary GB")
   rows = []
   for x in found:
     op, device = x.get("op_seconds"), x.get("device_seconds")
     ms = lambda seconds: "-" if not seconds else f"{1e3 * seconds:.1f}"
     rows.append([x["row"], f"{x['parameters'] / 1e6:.1f}M", ms(x["step_seconds"])])
     rows[-1] += [f"{x['tokens_per_second'] / 1e3:.0f}", ms(device), ms(op)]
+    memory = x.get("temporary_bytes")
     rows[-1].append(f"{op / device:.0%}" if op else "-")
+    rows[-1].append(f"{memory / 1e9:.1f}" if memory else "-")
   known = {x["row"] for x in found}
-  rows += [[name, *["not run"] * (len(columns) - 1)] for name, *_ in ROWS if name not in known]
+  missing = [row.name for row in ROWS if row.name not in known]
+  rows += [[name, *["not run"] * (len(columns) - 1)] for name in missing]
   table = tabulate.tabulate(rows, columns, "github", disable_numparse=True)
   some = found[0]
   return f"""    {command}
@@ -144,9 +165,9 @@ def main(argv: list[str]) -> None:
   command = " ".join(["python -m benchmarks.train_step", *argv[1:]])
   found, text = [], "no row has such a name"
   for row in ROWS:
-    if args.only and not any(word in row[0] for word in args.only):
+    if args.only and not any(word in row.name for word in args.only):
       continue
-    found.append({**line(*row, *SIZES[size]), **origin})
+    found.append({**line(row, *SIZES[size]), **origin})
     jax.clear_caches()
     # After every row: whoever is stopped keeps what is there.
     text = report(found, command, f"{machine}; revision {revision}")

@@ -25,8 +25,8 @@ FOLDER = "checkpoints"
 # whether it is the same data.
 FREE = (
   "checkpoint.", "data.cache", "data.path", "data.text_field", "distributed.", "eval.",
-  "grad_accum", "log.", "mesh.", "model.dtype", "model.remat", "optim.", "profile.", "steps",
-  "workdir",
+  "grad_accum", "log.", "mesh.", "model.dtype", "model.remat", "model.scan_layers", "optim.",
+  "profile.", "steps", "workdir",
 )  # fmt: skip
 
 

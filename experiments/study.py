@@ -55,6 +55,7 @@ def settings(cfg) -> dict[str, Any]:
   """What of a config decides a replica's numbers, apart from its seed and learning rate."""
   fields = {k: v for k, v in json.loads(cfg.to_json_best_effort()).items() if k in _FIELDS}
   fields["optim"].pop("peak_lr")
+  fields["model"].pop("scan_layers")  # how it is compiled alone
   model, pattern = fields["model"], fields["model"]["mixer"].split(",")
   others = [k for k, v in model.items() if isinstance(v, dict) and k not in pattern]
   for name in others:  # knobs of mixers that the model does not have

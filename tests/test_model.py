@@ -154,6 +154,25 @@ def test_knobs_run_and_every_parameter_learns(knobs):
     assert np.all(np.isfinite(grad)) and np.any(np.asarray(grad) != 0), sharding.path_of(path)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_one_after_the_other_are_the_scanned_ones(remat):
+  results = []
+  for scan_layers in (True, False):
+    # Two repetitions of a pattern of two, and one layer more.
+    lm = _lm(("trellis", "attention"), num_layers=5, remat=remat, scan_layers=scan_layers)
+    graph, params = nnx.split(lm)
+
+    def loss(params, graph=graph):
+      logits, state = nnx.merge(graph, params)(_tokens())
+      return jnp.sum(jnp.sin(logits)), (logits, state)
+
+    results.append(jax.jit(jax.grad(loss, has_aux=True))(params))
+  (want_grads, want), (grads, got) = results
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, (grads, got), (want_grads, want))
+
+
 def test_the_literal_preset_differs_where_the_paper_is_literal():
   literal = mixers.get("trellis").Config.literal(num_slots=32)
   assert (literal.target, literal.phi_eps, literal.v_norm) == ("linear", 1e-5, "none")

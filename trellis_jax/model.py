@@ -35,6 +35,9 @@ class LMConfig:
     mixers: knobs by mixer name, e.g. {"trellis": {"num_slots": 32}}.
     tie_embeddings: whether the head is the transposed embedding.
     remat: a name of REMAT.
+    scan_layers: whether the repeated layers are one scan, which compiles once whatever their
+      number; without, they stand one after the other, and what the backward keeps is not copied
+      into arrays over all layers.
     norm_eps: of the RMSNorms.
     init_std: of the projections; 0 is inputs**-0.5. What adds to the residual stream is scaled by
       1 / sqrt(2 num_layers) on top.
@@ -53,6 +56,7 @@ class LMConfig:
   mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   tie_embeddings: bool = True
   remat: str = "none"
+  scan_layers: bool = True
   norm_eps: float = 1e-6
   init_std: float = 0.0
   embed_std: float = 0.0
@@ -184,7 +188,7 @@ class LM(nnx.Module):
     return kernel.astype(jnp.dtype(self.cfg.dtype))
 
   def over_layers(self, run, x, state: Any = None) -> tuple[Any, Any]:
-    """Scans `run(block, x, block_state) -> (x, out)` over all layers.
+    """Takes `run(block, x, block_state) -> (x, out)` through all layers.
 
     Returns (x, outs): outs is (repeated, rest), as a state is; repeated outs have a leading axis
     over the repetitions of the pattern.
@@ -202,10 +206,17 @@ class LM(nnx.Module):
       return x, tuple(outs)
 
     if policy is not None:
-      body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+      # In a scan nothing of the forward is in the backward's reach; outside of one it is.
+      body = jax.checkpoint(body, policy=policy, prevent_cse=not self.cfg.scan_layers)
     outs = ()
-    if graphs:
+    if graphs and self.cfg.scan_layers:
       x, outs = jax.lax.scan(body, x, (params, repeated))
+    elif graphs:
+      by_layer = []
+      for i in range(self.cfg.num_layers // len(graphs)):
+        x, out = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], (params, repeated)))
+        by_layer.append(out)
+      outs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
     rest_outs = []
     for i, block in enumerate(self.rest):
       x, out = run(block, x, None if rest is None else rest[i])

@@ -80,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.model.init_std = 0.0  # of the matrices' initial values; 0 = inputs^-1/2 of each
   cfg.model.embed_std = 0.0  # of the embedding; 0 = 0.02 when tied, 1 when not
   cfg.model.remat = "none"  # what the backward pass recomputes: "none", "full", "dots"
+  cfg.model.scan_layers = True  # False: layers compiled one after the other, for fewer copies
   cfg.model.dtype = "float32"  # of the computation, "bfloat16" on accelerators; parameters are fp32
   for name in mixers.names():  # each mixer's knobs, documented in trellis_jax/mixers/NAME.py
     cfg.model[name] = ml_collections.ConfigDict(dataclasses.asdict(mixers.get(name).Config()))
