@@ -26,6 +26,7 @@ STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
 STYLES["trellis_wide"] = (plots.VERMILLION, "D")
 STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["trellis_wide_forget"] = (plots.VERMILLION, "^")
+STYLES["trellis_wide_silu"] = (plots.VERMILLION, ">")
 STYLES["trellis_wide_conv"] = (plots.VERMILLION, "v")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 

@@ -25,7 +25,8 @@ NAMES = {
   "trellis_wide": "Trellis, M = 32, wide",
   "trellis_wide_exact": "Trellis, M = 32, wide, C = 1",
   "trellis_wide_forget": "Trellis, M = 32, wide, forget from .9",
-  "trellis_wide_conv": "Trellis, M = 32, wide, convolved values",
+  "trellis_wide_silu": "Trellis, M = 32, wide, SiLU on values",
+  "trellis_wide_conv": "Trellis, M = 32, wide, convolved values, SiLU",
 }
 NOT_FINITE = "not finite"
 
