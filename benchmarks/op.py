@@ -100,31 +100,48 @@ def distance(x, y) -> float:
   return max(norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / norm(b) for a, b in pairs)
 
 
-def check(shape: dict, implementation: str) -> tuple[float, float]:
-  """Returns the distance from the definition and the scan, of outputs and of gradients.
+class Checks:
+  """How far implementations are from the definition and the scan; each comparison is made once.
 
-  Ends the run when one is too large.
+  A few rows of a few tokens are compared with the definition, once for all batches and lengths; the
+  whole shape with the scan.
   """
-  few = {**shape, "B": 1, "H": 2, "T": min(shape["T"], 4 * shape["C"] + 5)}
-  worst = [0.0, 0.0]
-  for size, truth in ((few, "reference"), (shape, "xla")):
-    if implementation == truth:
-      continue
+
+  def __init__(self):
+    self._distances: dict[tuple, tuple[float, ...]] = {}
+    self._truths: dict[str, tuple] = {}  # by name: the last size, and what it gave
+
+  def check(self, shape: dict, implementation: str) -> tuple[float, ...]:
+    """Returns the larger distances of outputs and of gradients; ends the run with one too large."""
+    few = {**shape, "B": 1, "H": 2, "T": min(shape["T"], 4 * shape["C"] + 5)}
+    found = [self._of(few, implementation, "reference")]
+    if implementation != "xla":
+      found.append(self._of(shape, implementation, "xla"))
+    return tuple(map(max, zip(*found)))
+
+  def _of(self, size: dict, implementation: str, truth: str) -> tuple[float, ...]:
+    key = implementation, *size.items()
+    if key not in self._distances:
+      self._distances[key] = self._measure(size, implementation, truth)
+    return self._distances[key]
+
+  def _measure(self, size: dict, implementation: str, truth: str) -> tuple[float, ...]:
     x = inputs(size, seed=7)
-    want = calls(size, truth, "highest")[1](x)
+    if self._truths.get(truth, (None,))[0] != size:
+      self._truths[truth] = size, calls(size, truth, "highest")[1](x)
+    want = self._truths[truth][1]
     both = calls(size, implementation)[1]
     got = both(x)
     if not all(map(jnp.array_equal, jax.tree.leaves(got), jax.tree.leaves(both(x)))):
       raise SystemExit(f"{implementation}: two calls at {size} differ: no time is given")
-    for i, (a, b) in enumerate(zip(got, want)):
-      worst[i] = max(worst[i], found := distance(a, b))
-      # Not `>`: a NaN is wrong too.
-      if not found <= (most := TOLERANCE[shape["dtype"]][i]):
+    found = tuple(distance(a, b) for a, b in zip(got, want))
+    for name, far, most in zip(("outputs", "gradients"), found, TOLERANCE[size["dtype"]]):
+      if not far <= most:  # not `>`: a NaN is wrong too
         raise SystemExit(
-          f"{implementation}: {('outputs', 'gradients')[i]} are {found:.1e} away from those of "
-          f"{truth} at {size}, more than {most:.0e}: no time is given"
+          f"{implementation}: {name} are {far:.1e} away from those of {truth} at {size}, more than "
+          f"{most:.0e}: no time is given"
         )
-  return tuple(worst)
+    return found
 
 
 def seconds(call: Callable, fresh: list, rounds: int) -> float:
@@ -172,7 +189,9 @@ def work(shape: dict) -> tuple[tuple[float, float], tuple[float, float]]:
   return (heads * (x + o), heads * flops), (heads * (3 * x + 2 * o), heads * 3 * flops)
 
 
-def lines(shape: dict, rounds: int, limits: dict, names: Sequence[str] = ()) -> Iterator[dict]:
+def lines(
+  shape: dict, rounds: int, limits: dict, checks: Checks, names: Sequence[str] = ()
+) -> Iterator[dict]:
   """Yields a line for each implementation at a shape, as it ends; of all where names are none."""
   sizes = backends.Shapes(*(shape[n] for n in "BTHDVM"), shape["dtype"])
   spec = Spec(chunk_size=shape["C"], curvature=shape["curvature"]).check()
@@ -182,7 +201,7 @@ def lines(shape: dict, rounds: int, limits: dict, names: Sequence[str] = ()) -> 
     if names and name not in names:
       continue
     print(f"{name} at {shape}", file=sys.stderr, flush=True)
-    error = dict(zip(("outputs_distance", "gradients_distance"), check(shape, name)))
+    error = dict(zip(("outputs_distance", "gradients_distance"), checks.check(shape, name)))
     sides = calls(shape, name)
     blocked = [seconds(call, fresh, rounds) for call in sides]
     kernels = [kernels_of(call, fresh[0], rounds) for call in sides]
@@ -262,7 +281,7 @@ def main(argv: list[str]) -> None:
   }
   command = " ".join(["python -m benchmarks.op", *argv[1:]])
   about = f"{origin['machine']}; revision {origin['revision']}"
-  found = []
+  found, checks = [], Checks()
 
   def keep(line):
     # After every line: whoever is stopped keeps what is there.
@@ -274,7 +293,7 @@ def main(argv: list[str]) -> None:
   timed = []
   for shape in SHAPES["small" if small else "full"]:
     if not args.only or set(args.only) - {"rivals"}:
-      for line in lines(shape, args.rounds, limits, args.only):
+      for line in lines(shape, args.rounds, limits, checks, args.only):
         keep(line)
     sizes = {k: v for k, v in shape.items() if k not in ("C", "curvature")}
     if sizes in timed or (args.only and "rivals" not in args.only):
