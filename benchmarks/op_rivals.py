@@ -111,11 +111,11 @@ def _slot_attention(torch, ops, shape):
 def _attention(torch, shape):
   q, k, v = _inputs(torch, shape, shape["D"], shape["D"], shape["V"])
   heads = lambda x: x.transpose(1, 2)
-  kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+  backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
   attend = torch.nn.functional.scaled_dot_product_attention
 
   def call():
-    with kernel:
+    with torch.nn.attention.sdpa_kernel(backend):
       return heads(attend(heads(q), heads(k), heads(v), is_causal=True))
 
   return call, (q, k, v)
