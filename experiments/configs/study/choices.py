@@ -60,6 +60,7 @@ CHOICES = (
   {"qk_norm": "none"},
   {"v_norm": "none"},
   {"v_activation": "silu"},
+  {"v_conv": True},
   {"v_activation": "silu", "v_conv": True},
   # The path through the inner gradient, and after the read.
   {"outer_gradient": 0.0},
