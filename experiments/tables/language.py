@@ -27,6 +27,7 @@ NAMES = {
   "trellis_wide_forget": "Trellis, M = 32, wide, forget from .9",
   "trellis_wide_silu": "Trellis, M = 32, wide, SiLU on values",
   "trellis_wide_conv": "Trellis, M = 32, wide, convolved values, SiLU",
+  "trellis_wide_conv_plain": "Trellis, M = 32, wide, convolved values",
 }
 NOT_FINITE = "not finite"
 

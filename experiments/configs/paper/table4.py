@@ -12,8 +12,9 @@ besides, of M = 32 and as many parameters. `trellis_m32` has memories as large a
 `trellis_wide` those of Gated DeltaNet and its widths, keys of 3/4 and values of 3/2 of the model's;
 both in the default's chunks, which keep the memory at the chunk's start besides, and as the exact
 recurrence (C = 1), which keeps nothing else. `trellis_wide_forget` has a forget gate that starts at
-0.9 and not at 0.98, `trellis_wide_silu` SiLU on values, which Fig. 1 of the paper has, and
-`trellis_wide_conv` a short convolution before it, as the delta rules have.
+0.9 and not at 0.98, `trellis_wide_silu` SiLU on values, which Fig. 1 of the paper has,
+`trellis_wide_conv` a short convolution before it, as the delta rules have, and
+`trellis_wide_conv_plain` the convolution alone.
 """
 
 import math
@@ -50,6 +51,7 @@ MATCHED = {
   "trellis_wide_forget": _WIDE | {"forget_init": 0.9},
   "trellis_wide_silu": _WIDE | {"v_activation": "silu"},
   "trellis_wide_conv": _WIDE | {"v_conv": True, "v_activation": "silu"},
+  "trellis_wide_conv_plain": _WIDE | {"v_conv": True},
 }
 
 
