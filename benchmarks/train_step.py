@@ -115,9 +115,9 @@ def line(row: Row, size: str, rows: int, tokens: int) -> dict[str, Any]:
   kernels = device_time.by_kernel(call, 3)
   if kernels:
     most = sorted(kernels.items(), key=lambda x: -x[1])[:MOST_NAMED]
-    found["device_seconds"] = sum(kernels.values())
-    found["op_seconds"] = sum(x for k, x in kernels.items() if k.startswith(OP))
     mine = [(k, x) for k, x in kernels.items() if k.startswith(OP)]
+    found["device_seconds"] = sum(kernels.values())
+    found["op_seconds"] = sum(x for _, x in mine)
     found["kernels"] = {k: float(f"{x:.4g}") for k, x in [*most, *mine]}
   return found
 

