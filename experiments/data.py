@@ -183,6 +183,17 @@ def loader(
   return iterator
 
 
+def model_inputs(dataset: Any, packing: str, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The arrays of a batch that a model is trained on.
+
+  Without segment ids where text is one document throughout: the mixers need not look for restarts
+  then, and what pads the end of the last row comes after all that counts.
+  """
+  if isinstance(dataset, Dataset) and packing == "concat":
+    return {name: x for name, x in batch.items() if name != "segment_ids"}
+  return batch
+
+
 def _tokenizer_kind(config) -> tuple[list, str]:
   """What a cache key must hold of the tokenizer, and its name."""
   if config.tokenizer == "bpe":

@@ -2,11 +2,13 @@
 
 Small models leave an accelerator idle, so a study's replicas share each step; on a CPU they take
 their turns in it. A replica computes what a run of experiments/train.py with its seed and peak
-learning rate computes: AdamW's update is its learning rate times what does not depend on it.
+learning rate computes.
 """
 
 import dataclasses
+import functools
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +73,9 @@ def train(
   seeds: Sequence[int],
   peak_lrs: Sequence[float],
   on_log: Callable[[int, list[Replica]], None] = lambda step, replicas: None,
+  *,
+  end_lr: float | None = None,
+  on_end: Callable[[step_lib.Params], None] = lambda params: None,
 ) -> list[Replica]:
   """Trains every seed with every peak learning rate, on one device.
 
@@ -79,6 +84,8 @@ def train(
     seeds: of the initial parameters and of the order of the data.
     peak_lrs: learning rates after the warm-up.
     on_log: called with (step, replicas) after every logged step.
+    end_lr: learning rate of the last step, the same at all peaks; None: the config's ratio of each.
+    on_end: called with the parameters after the last step, [seeds, rates] before every other axis.
 
   Raises:
     UserError: a field of the config, or an empty list of seeds or rates.
@@ -87,7 +94,8 @@ def train(
   if not seeds or not peak_lrs:
     raise UserError(f"seeds={list(seeds)} and peak_lrs={list(peak_lrs)}; accepted is at least one")
   dataset = data.load(cfg.data)
-  program = _Program.of(cfg, dataset, peak_lrs)
+  ends = [cfg.optim.end_lr_ratio if end_lr is None else end_lr / peak for peak in peak_lrs]
+  program = _Program.of(cfg, dataset, peak_lrs, ends)
   replicas = [[Replica(seed, lr) for lr in peak_lrs] for seed in seeds]
   flat = [replica for row in replicas for replica in row]
   rows = lambda split, **kw: data.loader(
@@ -105,18 +113,20 @@ def train(
     )
   ]
   loaders = [rows(dataset.train, seed=seed) for seed in seeds]
+  given = functools.partial(data.model_inputs, dataset, cfg.data.packing)
   state = program.init(jnp.asarray(seeds, jnp.uint32))
   due = lambda n, every: every and (n % every == 0 or n == cfg.steps)
   for n in range(1, cfg.steps + 1):
-    batch = jax.tree.map(lambda *x: np.stack(x), *(next(loader) for loader in loaders))
+    batch = jax.tree.map(lambda *x: np.stack(x), *(given(next(loader)) for loader in loaders))
     state, values = program.update(state, batch)
     if due(n, cfg.log.every):
       _note(n, replicas, jax.device_get(values))
     if due(n, cfg.eval.every):
-      _evaluate(n, replicas, [program.evaluate(state.params, batch) for batch in held_out])
+      _evaluate(n, replicas, [program.evaluate(state.params, given(x)) for x in held_out])
       _trace(replicas, jax.device_get(program.trace(state.params, held_out[0])))
     if due(n, cfg.log.every):
       on_log(n, flat)
+  on_end(state.params)
   return flat
 
 
@@ -127,24 +137,27 @@ class _Program:
     self.init, self.update, self.evaluate, self.trace = init, update, evaluate, trace
 
   @classmethod
-  def of(cls, cfg, dataset, peak_lrs) -> "_Program":
+  def of(cls, cfg, dataset, peak_lrs, end_lr_ratios) -> "_Program":
     lm_config = config.lm_config(cfg.model, dataset.vocab_size)
-    optim_cfg = ml_collections.ConfigDict(cfg.optim.to_dict())
-    optim_cfg.peak_lr = 1.0
-    optimizer = optim.optimizer(optim_cfg, cfg.steps)
+    fields = cfg.optim.to_dict()
+
+    def optimizer(peak_lr, end_lr_ratio):  # numbers, or arrays of one replica
+      recipe = fields | {"peak_lr": peak_lr, "end_lr_ratio": end_lr_ratio}
+      return optim.optimizer(types.SimpleNamespace(**recipe), cfg.steps)
+
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(lm_config, rngs=nnx.Rngs(0))), nnx.Param)
     sums_fn = step_lib.loss_fn(graphdef, z_loss=cfg.optim.z_loss, batch_shards=1)
-    rates = jnp.asarray(peak_lrs, jnp.float32)
+    rates = jnp.asarray([peak_lrs, end_lr_ratios], jnp.float32).T
 
     def init(seed):
       make = lambda: LM(lm_config, rngs=nnx.Rngs(jax.random.key(seed)))
-      state = step_lib.init_state(make, optimizer)
+      state = step_lib.init_state(make, optimizer(*rates[0]))
       return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (len(peak_lrs), *x.shape)), state)
 
     def update(state, rate, batch):
       grads, sums = step_lib.gradients(sums_fn, state.params, batch, cfg.grad_accum)
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+      updates, opt_state = optimizer(*rate).update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
       mean = step_lib.per_token(sums)
       values = {
         "train_loss": sums.nll / mean,

@@ -60,13 +60,8 @@ class Job:
     )
 
   def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
-    """This process's rows on the mesh.
-
-    Without segment ids where text is one document throughout: the mixers need not look for
-    restarts then, and what pads the end of the last row comes after all that counts.
-    """
-    if isinstance(self.dataset, data.Dataset) and self.cfg.data.packing == "concat":
-      batch = {k: v for k, v in batch.items() if k != "segment_ids"}
+    """What the model is given of this process's rows, on the mesh."""
+    batch = data.model_inputs(self.dataset, self.cfg.data.packing, batch)
     return mesh_lib.put_batch(batch, self.mesh)
 
   def eval_batches(self):

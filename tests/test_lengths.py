@@ -85,11 +85,9 @@ def test_windows_are_read_from_nothing_and_every_token_counts_once(home, capsys)
 def test_a_length_is_run_once(home, monkeypatch):
   assert run(home, "--lengths=16") == 0
   before, asked = lines(home), []
-  real = lengths.evaluate_length
-  note = lambda job, params, text, cell, *rest: (
-    asked.append(cell["length"]) or real(job, params, text, cell, *rest)
-  )
-  monkeypatch.setattr(lengths, "evaluate_length", note)
+  real = lengths.scorer
+  note = lambda job, text, cell, *rest: asked.append(cell["length"]) or real(job, text, cell, *rest)
+  monkeypatch.setattr(lengths, "scorer", note)
   assert run(home, "--lengths=16,24") == 0
   assert asked == [24]
   assert run(home, "--lengths=16", "--max_tokens=64", "--rows_tokens=64") == 0

@@ -11,7 +11,7 @@ import pytest
 from experiments.configs.paper import base
 from experiments.evals import runs
 from experiments.tables import lines as lines_lib
-from experiments.tables import run
+from experiments.tables import run, together
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -77,6 +77,53 @@ def test_rows_run_once_and_a_line_says_where_its_numbers_are_from(
   with pytest.raises(TypeError):  # another text is another row
     run.main(argv)
   assert "eta of all 0:00" in capsys.readouterr().out
+
+
+def test_runs_of_a_row_in_one_program_are_what_they_are_alone(text, monkeypatch, tmp_path):
+  monkeypatch.setattr(run, "get", lambda name: Rows)
+  monkeypatch.chdir(tmp_path)
+  found = {}
+  for name, flags in (("alone", []), ("together", ["--together"])):
+    home = tmp_path / name
+    argv = command(text, "--only=model=trellis", "--seeds=0,1,2", *flags)
+    assert run.main([*argv, f"--results={home}"]) == 0
+    lines = lines_lib.read(home / "rows.jsonl", lines_lib.FIELDS)
+    found[name] = {(x["seed"], x["peak_lr"]): x for x in lines}
+  alone, together = found["alone"], found["together"]
+  assert alone.keys() == together.keys() and len(alone) == 5  # three rates, two further seeds
+  differ = {"revision", "machine", "command", "seconds"}
+  for key, want in alone.items():
+    got = together[key]
+    assert got.keys() == want.keys() and got["seconds"] is None
+    assert got["command"] == want["command"] + " --together"
+    for name in want.keys() - differ - set(lines_lib.SPLITS):
+      assert got[name] == want[name], name
+    for split in lines_lib.SPLITS:
+      assert got[split]["tokens"] == want[split]["tokens"]
+      np.testing.assert_allclose(got[split]["nats"], want[split]["nats"], rtol=2e-5)
+  losses = [x["test"]["nats"] for x in alone.values()]
+  assert min(np.diff(sorted(losses))) > 1e-3  # so that one run is not taken for another
+  assert not (tmp_path / "runs" / "unsaved").exists()
+
+
+def test_what_starts_together_is_a_rows_seeds_that_miss_the_same_rates():
+  row, other = Rows.rows("mini")
+  todo = [(row, 0, 0.1), (row, 0, 0.2), (other, 0, 0.1), (row, 1, None), (row, 2, 0.1)]
+  assert together.first(todo) == [(0, 0.1), (0, 0.2)]
+  assert together.first([*todo, (row, 3, 0.1), (row, 3, 0.2)])[2:] == [(3, 0.1), (3, 0.2)]
+  assert together.first(todo[4:]) == [(2, 0.1)]
+
+
+def test_a_run_that_is_lost_beside_others_says_where(text, monkeypatch, tmp_path):
+  monkeypatch.setattr(run, "get", lambda name: Rows)
+  monkeypatch.setattr(base.Size, "rates", property(lambda size: (1e-3, 1e30, 1e-2)))
+  monkeypatch.chdir(tmp_path)
+  assert run.main(command(text, "--only=model=trellis", "--together")) == 0
+  lines = lines_lib.read(tmp_path / "rows.jsonl", lines_lib.FIELDS)
+  slow, fast, lost = sorted(lines, key=lambda x: x["peak_lr"])
+  assert re.fullmatch(r"(loss|grad_norm) is (nan|inf) at step 2", lost["failure"])
+  assert lost["validation"] is lost["test"] is None
+  assert slow["failure"] == fast["failure"] == "" and slow["test"]["nats"] > 0
 
 
 def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path, monkeypatch):
@@ -147,6 +194,7 @@ def test_a_bad_file_is_one_sentence(text, words, tmp_path):
     (["table4", "--only=model"], "--only=model is given; accepted is LABEL=VALUE"),
     (["table4", "--only=size=1"], "--only=size=... is given; the labels are model, context"),
     (["table4", "--only=context=7"], "--only=context=7 is given; accepted are 512, 1024"),
+    (["table1", "--tasks=x", "--together"], "--together is given, but table1 is scored on checkp"),
     (["table3"], "--tasks is not given, but table3 is scored on the files that it names"),
     (["table4", "--data=none"], "'none' does not exist"),
   ],

@@ -24,6 +24,7 @@ and flags are the same.
 import itertools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,10 +70,17 @@ def open_text(job: train.Job, path: str, split: str) -> TokenFile:
   return data.load_text(section).splits[split]
 
 
-def evaluate_length(
-  job: train.Job, params: Any, text: TokenFile, cell: dict[str, Any], rows_tokens: int, track
-) -> dict[str, Any]:
-  """The numbers of one length, over all targets and by position."""
+def scorer(
+  job: train.Job, text: TokenFile, cell: dict[str, Any], rows_tokens: int, track=lambda x, _: x
+) -> Callable[[Any], dict[str, Any]]:
+  """What gives the numbers of one length for parameters, over all targets and by position.
+
+  Args:
+    job: the run.
+    text: what is read, cut as `cell` says: its `length`, `packing` and `max_tokens`.
+    rows_tokens: about how many tokens are read at a time.
+    track: (batches, how many) -> the same batches, for progress.
+  """
   length = cell["length"]
   size = max(1, rows_tokens // length)
   limit = -(-cell["max_tokens"] // (size * length)) or None
@@ -96,12 +104,23 @@ def evaluate_length(
     seq_len=length,
     token_bytes=tokenise.token_bytes(job.dataset.tokenizer),
   )
-  parts = evaluator.totals(params)
-  by_position = [
-    {"first": first, "last": last, **_numbers(part)}
-    for (first, last), part in zip(perplexity.ranges(length), parts)
-  ]
-  return _numbers(perplexity.add(parts)) | {"by_position": by_position}
+
+  def score(params: Any) -> dict[str, Any]:
+    parts = evaluator.totals(params)
+    by_position = [
+      {"first": first, "last": last, **_numbers(part)}
+      for (first, last), part in zip(perplexity.ranges(length), parts)
+    ]
+    return _numbers(perplexity.add(parts)) | {"by_position": by_position}
+
+  return score
+
+
+def own_scorer(job: train.Job, split: str, max_tokens: int) -> Callable[[Any], dict[str, Any]]:
+  """`scorer` of a split of the run's own text, in windows like those that it is trained on."""
+  cfg = job.cfg
+  cell = {"length": cfg.seq_len, "packing": cfg.data.packing, "max_tokens": max_tokens}
+  return scorer(job, open_text(job, "", split), cell, cfg.batch_size * cfg.seq_len)
 
 
 def _numbers(part: perplexity.Totals) -> dict[str, Any]:
@@ -144,7 +163,7 @@ def evaluate(cfg, given) -> None:
       disable=not console.is_terminal,
     )
     with jax.set_mesh(job.mesh):
-      found = evaluate_length(job, params, text, cell, rows_tokens, track)
+      found = scorer(job, text, cell, rows_tokens, track)(params)
     lines.add(cell, **found)
     console.print(f"windows of {cell['length']}: perplexity {found['perplexity']:.2f}")
   print(table([lines.find(cell) for cell in cells]))

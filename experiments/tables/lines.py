@@ -9,6 +9,7 @@ from typing import Any
 from experiments.errors import UserError
 
 Line = dict[str, Any]
+SPLITS = ("validation", "test")  # that a run is read on: the first chooses its rate
 # What every line of a language model's row says.
 FIELDS = (
   *("labels", "scale", "seed", "peak_lr", "failure", "validation", "test"),

@@ -21,6 +21,8 @@ writes the tables. Flags:
                         their own
     --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini without
     --rates=1           the row's own rate alone, in place of 3
+    --together          all runs of a row that can start in one program (tables/together.py): for
+                        small models on an accelerator; what is stopped is lost
     --tasks=PATH        of table1: folder of the tasks' files; of table3: the needles' haystack
     --results=FOLDER    of the lines;   --workdir=FOLDER  of the runs
 """
@@ -50,6 +52,7 @@ from experiments.errors import UserError
 from experiments.evals import harness, harness_tasks, lengths, niah, runs
 from experiments.metrics import NotFiniteError
 from experiments.tables import lines as lines_lib
+from experiments.tables import together
 
 FOLDER = pathlib.Path(base.__file__).parent
 RESULTS = provenance.ROOT / "benchmarks" / "results" / "lm"
@@ -85,6 +88,7 @@ def chosen(module, args: argparse.Namespace) -> list[base.Row]:
   ]
   for row in rows:
     cfg = row.config
+    cfg.workdir = str(args.workdir / "unsaved")  # a run that saves has a folder of its own
     if args.data:
       cfg.data.path = args.data
     if args.tokens:
@@ -139,18 +143,31 @@ def run(name: str, rows: list[base.Row], args: argparse.Namespace, console) -> N
   origin = {"revision": provenance.revision(*_CODE), "machine": provenance.machine()}
   while todo := list(pending(rows, args, lines_lib.read(path, lines_lib.FIELDS))):
     row, seed, rate = todo[0]
-    words = f"{' '.join(map(str, row.labels.values()))} seed {seed} rate {rate:g}"
-    console.print(f"{words}: {len(todo)} runs to go")
+    runs_now = together.first(todo) if args.together else [(seed, rate)]
+    words = " ".join(map(str, row.labels.values()))
+    console.print(f"{words} {_words(runs_now)}: {len(todo)} runs to go")
     begin = time.perf_counter()
-    line = identity(row, args) | _train_and_score(name, row, seed, rate, args) | origin
-    add(path, line)
+    if args.together:
+      found = together.train_and_score(row, runs_now, args.score_tokens)
+    else:
+      found = [_train_and_score(name, row, seed, rate, args)]
+    for line in found:
+      add(path, identity(row, args) | line | _about(name, row, line, args) | origin)
     gc.collect()
     jax.clear_caches()
-    busy.append(time.perf_counter() - begin)
-    left = sum(busy) / len(busy) * (len(todo) - 1)
-    score = line["failure"] or f"test perplexity {line['test']['perplexity']:.3f}"
+    busy.append((time.perf_counter() - begin) / len(runs_now))
+    left = sum(busy) / len(busy) * (len(todo) - len(runs_now))
     eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}"
-    console.print(f"{words}: {score}, {busy[-1]:.0f} s, eta of all {eta}")
+    for line in found:
+      score = line["failure"] or f"test perplexity {line['test']['perplexity']:.3f}"
+      run_words = _words([(line["seed"], line["peak_lr"])])
+      console.print(f"{words} {run_words}: {score}, {busy[-1]:.0f} s, eta of all {eta}")
+
+
+def _words(runs_now: list[tuple[int, float]]) -> str:
+  """Seeds and rates of some runs."""
+  seeds, rates = (dict.fromkeys(x) for x in zip(*runs_now))
+  return f"seed {' '.join(map(str, seeds))} rate {' '.join(f'{x:g}' for x in rates)}"
 
 
 def add(path: pathlib.Path, line: lines_lib.Line) -> None:
@@ -173,8 +190,8 @@ def add(path: pathlib.Path, line: lines_lib.Line) -> None:
 
 def _train_and_score(
   name: str, row: base.Row, seed: int, rate: float, args: argparse.Namespace
-) -> dict[str, Any]:
-  """What a line says besides its identity."""
+) -> lines_lib.Line:
+  """A run's line, but for what `_about` says."""
   cfg = row.config.copy_and_resolve_references()
   cfg.seed, cfg.optim.peak_lr = seed, rate
   cfg.optim.end_lr_ratio = row.config.optim.end_lr_ratio * row.config.optim.peak_lr / rate
@@ -190,34 +207,39 @@ def _train_and_score(
     failure = str(e).split(" and training has stopped")[0]
   if not failure and checkpoint.latest_step(folder) != cfg.steps:
     raise UserError("stopped; the same command goes on from there")
-  job = train.prepare(cfg)
   timed = [r[_TIME] for r in metrics.read(folder / metrics.JSONL) if _TIME in r]
   return {
     "seed": seed,
     "peak_lr": rate,
     "failure": failure,
-    **{s: None if failure else score(cfg, s, args.score_tokens) for s in ("validation", "test")},
+    **{s: None if failure else _score(cfg, s, args.score_tokens) for s in lines_lib.SPLITS},
     "scores": {} if failure or name not in SCORES else SCORES[name](cfg, args),
+    # By the median, so that a pause of the machine does not count.
+    "seconds": round(cfg.steps * statistics.median(timed), 1) if timed else None,
+  }
+
+
+def _about(
+  name: str, row: base.Row, line: lines_lib.Line, args: argparse.Namespace
+) -> dict[str, Any]:
+  """What a line says of its model, its text and how it is made again."""
+  cfg, job = row.config, train.prepare(row.config)
+  return {
     "steps": cfg.steps,
     "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(job.lm, nnx.Param))),
     "state_floats": job.lm.state_size(),
     "flops": 3 * cfg.steps * cfg.batch_size * job.lm.flops(cfg.seq_len),
-    # By the median, so that a pause of the machine does not count.
-    "seconds": round(cfg.steps * statistics.median(timed), 1) if timed else None,
     "corpus": pathlib.Path(job.dataset.test.header.corpus).name,
     "tokenizer": job.dataset.test.header.tokenizer,
-    "command": _command(name, row, seed, args),
+    "command": _command(name, row, line["seed"], args),
   }
 
 
-def score(cfg, split: str, score_tokens: int) -> dict[str, Any]:
-  """The numbers of a trained run on a split, see evals/lengths.py."""
+def _score(cfg, split: str, score_tokens: int) -> dict[str, Any]:
+  """The numbers of a trained run on a split."""
   job, params = runs.open_run(cfg)
-  text = lengths.open_text(job, "", split)
-  cell = {"length": cfg.seq_len, "packing": cfg.data.packing, "max_tokens": score_tokens}
   with jax.set_mesh(job.mesh):
-    rows_tokens = cfg.batch_size * cfg.seq_len
-    return lengths.evaluate_length(job, params, text, cell, rows_tokens, lambda x, _: x)
+    return lengths.own_scorer(job, split, score_tokens)(params)
 
 
 def _common_sense(cfg, args: argparse.Namespace) -> dict[str, Any]:
@@ -256,6 +278,8 @@ def _command(name: str, row: base.Row, seed: int, args: argparse.Namespace) -> s
     flags.append(f"--tokens={args.tokens}")
   if args.score_tokens != SCORE_TOKENS[args.scale]:
     flags.append(f"--score_tokens={args.score_tokens}")
+  if args.together:
+    flags.append("--together")
   return shlex.join(["python", "-m", "experiments.tables.run", name, *flags])
 
 
@@ -274,12 +298,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--score_tokens", type=int, help="read of each split; 0 is all")
   parser.add_argument("--rates", type=int, choices=(1, 3), default=3, help="tried of every row")
   parser.add_argument("--tasks", default="", help="path of the tasks' files or the haystack")
+  parser.add_argument("--together", action="store_true", help="runs of a row in one program")
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the lines")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tables"))
   args = parser.parse_args(argv[1:])
   base.check(args.scale)
   if args.table in SCORES and not args.tasks:
     raise UserError(f"--tasks is not given, but {args.table} is scored on the files that it names")
+  if args.together and args.table in SCORES:
+    raise UserError(f"--together is given, but {args.table} is scored on checkpoints")
   if args.table == "table1":
     harness.check_installed()
   if bad := [x for x in args.only if "=" not in x]:
