@@ -5,3 +5,7 @@ Each file holds the functions that `trellis_jax.ops.backends` describes: `suppor
 begin with an underscore are parts of one. What no backend supports runs as the `jax.lax.scan` over
 chunks of `trellis_jax/ops/chunked.py`.
 """
+
+from pallas_kernels._platform import platform
+
+__all__ = ["platform"]

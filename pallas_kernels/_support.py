@@ -1,16 +1,21 @@
-"""What the kernels of every backend accept."""
+"""What the kernels of every backend accept.
 
-import jax
+They are made for a few widths of keys and values. Others are filled up with zeros to the next one,
+which changes no number: columns that nothing is written into stay zero, and no sum sees them.
+"""
+
+from pallas_kernels._platform import platform
 
 WIDTHS, SLOTS, CHUNKS = (64, 128), (32, 64, 128), (16, 32, 64)
 ACTIVATIONS = ("identity", "silu", "ln_silu", "l2_silu")
 DTYPES = ("bfloat16", "float32")
+MEANS = ("ln_silu",)  # activations that depend on how many features there are
 
 
-def _platform() -> str:
-  """Returns where a call would run: the mesh's device if it names one, else JAX's default."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+def widths(spec, shapes) -> tuple[int, int]:
+  """Returns the widths of keys and values that the kernels run a call with."""
+  fit = lambda width: next((w for w in WIDTHS if width <= w), width)
+  return fit(shapes.D), shapes.V if spec.phi_out in MEANS else fit(shapes.V)
 
 
 def reasons(spec, shapes, platforms: tuple[str, ...] | None) -> str | None:
@@ -20,8 +25,8 @@ def reasons(spec, shapes, platforms: tuple[str, ...] | None) -> str | None:
     spec, shapes: as `trellis_jax.ops.backends` has them.
     platforms: where the backend runs; None for an interpreter, which runs anywhere.
   """
-  checks = [] if platforms is None else [("platform", _platform(), platforms)]
-  checks += [("D", shapes.D, WIDTHS), ("V", shapes.V, WIDTHS), ("M", shapes.M, SLOTS)]
+  checks = [] if platforms is None else [("platform", platform(), platforms)]
+  checks += [("M", shapes.M, SLOTS)]
   checks += [("chunk_size", spec.chunk_size, CHUNKS), ("dtype", shapes.dtype, DTYPES)]
   checks += [(role, getattr(spec, role), ACTIVATIONS) for role in ("phi", "f", "phi_out")]
   found = [
@@ -29,4 +34,9 @@ def reasons(spec, shapes, platforms: tuple[str, ...] | None) -> str | None:
     for name, given, accepted in checks
     if given not in accepted
   ]
+  d, v = widths(spec, shapes)
+  most = max(WIDTHS)
+  found += [f"{name} is {n}, more than {most}" for name, n in (("D", d), ("V", v)) if n > most]
+  if v < most and v not in WIDTHS:
+    found.append(f"V is {v} and phi_out {spec.phi_out}, whose mean is over V: not one of {WIDTHS}")
   return "; ".join(found) or None

@@ -22,6 +22,8 @@ from pallas_kernels import (
 )
 from pallas_kernels import _tpu_plan as plans
 
+widths = _support.widths
+
 
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""

@@ -32,6 +32,9 @@ from pallas_kernels._triton_call import BLOCK, Plan, interpreted
 __all__ = ["backward", "forward", "interpreted", "step", "supports"]
 
 
+widths = _support.widths
+
+
 def supports(spec, shapes) -> str | None:
   """Returns None, or every reason why the kernels cannot run this call here."""
   platforms = None if launch.interpreting() else ("gpu", "cuda")

@@ -20,6 +20,7 @@ from pallas_kernels import _triton_activations, _triton_decays, triton_gpu
 from pallas_kernels._triton_call import Plan
 from trellis_jax import trellis
 from trellis_jax.ops import activations, backends, decay
+from trellis_jax.ops.affine import affine
 from trellis_jax.ops.spec import Spec
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -93,6 +94,12 @@ SLOW_CHUNKS = [pytest.param(n, marks=pytest.mark.slow) for n in (16, 64)]
 def test_segments_at_the_widest_where_registers_are_shortest(chunk_size):
   knobs = dict(chunk_size=chunk_size, outer_gradient=0.5)
   _check(knobs, with_state=True, segment_ids=_packed(113), t=113, h=1, d=128, v=128, m=128)
+
+
+@pytest.mark.parametrize("phi_out", ["identity", "l2_silu"])
+def test_widths_between_those_of_the_kernels_are_filled_up(phi_out):
+  knobs = dict(chunk_size=16, curvature=1.0, phi_out=phi_out)
+  _check(knobs, with_state=True, segment_ids=_packed(113), t=113, h=2, d=48, v=96, m=32)
 
 
 def test_linearised_chunks_of_one_document():
@@ -322,11 +329,45 @@ def test_a_training_step_over_eight_gpus_runs_the_kernels_on_each_one_s_rows_and
 def test_supports_says_every_reason():
   if jax.default_backend() == "gpu":
     pytest.skip("one of the reasons is the platform, which is a GPU here")
-  shapes = backends.Shapes(B=1, T=8, H=1, D=48, V=64, M=16, dtype="float16")
+  shapes = backends.Shapes(B=1, T=8, H=1, D=136, V=64, M=16, dtype="float16")
   reason = triton_gpu.supports(Spec(phi="softmax", chunk_size=8).check(), shapes)
-  for part in ("platform is cpu", "D is 48", "M is 16", "chunk_size is 8", "float16", "phi is"):
+  for part in ("platform is cpu", "D is 136", "M is 16", "chunk_size is 8", "float16", "phi is"):
     assert part in reason
   assert "V is" not in reason
   arrays, _ = op_cases.inputs(d=64, v=64, m=64, dtype=np.float32)
   with pytest.raises(ValueError, match=r"triton_gpu.*platform is cpu"):
     trellis(*arrays, implementation="triton_gpu")
+
+
+def test_a_vmap_over_replicas_is_each_replica_alone():
+  """Replicas train under one (experiments/replicas.py): a kernel's grid takes them in."""
+  cases = [op_cases.inputs(t=40, dtype=np.float32, seed=seed, **SMALL) for seed in (0, 1)]
+  knobs = tuple(sorted((EXACT | dict(chunk_size=16, curvature=1.0)).items()))
+  run = lambda arrays, memory: op_cases.value_and_grads(
+    arrays, memory, None, None, "triton_gpu", knobs
+  )
+  with _kernels_run():
+    want = [run(*case) for case in cases]
+    got = jax.vmap(run)(*jax.tree.map(lambda *x: jnp.stack(x), *cases))
+  for i, alone in enumerate(want):
+    assert op_cases.distance(jax.tree.map(lambda x, i=i: x[i], got), alone) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["affine", "trellis"])
+def test_loops_take_more_tokens_at_a_time_where_a_step_is_launches(kind):
+  x = jax.ShapeDtypeStruct((1, 8192, 1, 4), jnp.float32)
+  gates = jax.ShapeDtypeStruct((1, 8192, 1), jnp.float32)
+  loops = {}
+  for where in ("here", "gpu"):
+    mesh = contextlib.nullcontext()
+    if where == "gpu":
+      mesh = jax.sharding.use_abstract_mesh(kernel_gpu.mesh(kind=AxisType.Auto))
+    with mesh:
+      if kind == "affine":
+        program = jax.make_jaxpr(functools.partial(affine, chunk_size=64))(x, x, x)
+      else:
+        run = functools.partial(trellis, chunk_size=64, implementation="xla")
+        program = jax.make_jaxpr(run)(x, x, x, x, gates, gates)
+    loops[where] = sorted(map(int, re.findall(r"length=(\d+)", str(program))))
+  blocks = {"cpu": [2, 64], "gpu": [4, 32]}  # of 128 and 2048 tokens, and their chunks
+  assert loops == {"here": blocks[jax.default_backend()], "gpu": blocks["gpu"]}

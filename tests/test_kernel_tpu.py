@@ -56,6 +56,13 @@ def test_other_activations_widths_and_a_tempered_outer_gradient():
   _check(True, arrays, memory, None, None, knobs)
 
 
+def test_widths_between_those_of_the_kernels_are_filled_up():
+  arrays, memory = tpu_kernels.case(t=70, d=48, v=96, m=32)
+  knobs = dict(phi_out="l2_silu", chunk_size=32, curvature=1.0)
+  state = op_cases.state(arrays, 32)
+  _check(tpu_kernels.STRICT, arrays, memory, state, tpu_kernels.segments(70), knobs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 @pytest.mark.parametrize("m", [32, 64, 128])
@@ -170,11 +177,11 @@ def test_the_backward_computes_the_forward_again_only_under_remat():
 
 def test_every_reason_is_listed_and_a_name_never_falls_back():
   spec = Spec(phi="softmax", chunk_size=5).check()
-  shapes = backends.Shapes(1, 10, 2, 48, 64, 65, "float16")
+  shapes = backends.Shapes(1, 10, 2, 136, 64, 65, "float16")
   reasons = mosaic_tpu.supports(spec, shapes)
   for part in (
     "platform is cpu",
-    "D is 48",
+    "D is 136, more than 128",
     "M is 65",
     "chunk_size is 5",
     "float16",
@@ -182,6 +189,9 @@ def test_every_reason_is_listed_and_a_name_never_falls_back():
   ):
     assert part in reasons
   assert "V is" not in reasons
+  between = backends.Shapes(1, 10, 2, 48, 96, 64, "float32")
+  assert "V is 96 and phi_out ln_silu, whose mean is over V" in mosaic_tpu.supports(spec, between)
+  assert "V is" not in mosaic_tpu.supports(spec._replace(phi_out="identity"), between)
   arrays, _ = tpu_kernels.case(b=1, t=10)
   with pytest.raises(ValueError, match="platform is cpu, not one of tpu"):
     trellis(*arrays, chunk_size=64, implementation="mosaic_tpu")

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from trellis_jax import LM, LMConfig, mixers, sharding
+from trellis_jax.mixers import trellis as trellis_mixer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -133,6 +134,26 @@ def test_the_first_loss_is_log_vocab():
   assert abs(float(nll) - math.log(VOCAB)) < 0.1
 
 
+@pytest.mark.parametrize("v_eps", [1e-6, 1.0])
+def test_values_shorter_than_the_root_of_their_eps_are_written_as_they_are(v_eps):
+  mixer = trellis_mixer.Mixer(8, 2, trellis_mixer.Config(v_eps=v_eps), rngs=nnx.Rngs(0))
+  lengths = {}
+  for size in (0.01, 100.0):
+    (_, _, v, *_), _ = mixer.op_inputs(size * jnp.ones((1, 1, 8)))
+    raw = jnp.linalg.norm(mixer.v(size * jnp.ones((1, 1, 8))).reshape(2, 4), axis=-1)
+    np.testing.assert_allclose(
+      jnp.linalg.norm(v[0, 0], axis=-1), raw / jnp.sqrt(raw**2 + v_eps), rtol=1e-5
+    )
+    lengths[size] = float(jnp.max(jnp.linalg.norm(v, axis=-1)))
+  assert 0.99 < lengths[100.0] < 1 + 1e-6 and (lengths[0.01] < 0.1) == (v_eps == 1.0)
+
+
+@pytest.mark.parametrize("v_eps", [0.0, -1.0, math.inf])
+def test_an_eps_of_values_that_is_not_positive_is_refused(v_eps):
+  with pytest.raises(ValueError, match=rf"v_eps={v_eps} is not accepted; it must be finite and > "):
+    trellis_mixer.Config(v_eps=v_eps)
+
+
 @pytest.mark.parametrize(
   "knobs",
   [
@@ -140,7 +161,7 @@ def test_the_first_loss_is_log_vocab():
     dict(step_form="softplus", target="layer_norm", gate="none", post_norm="none"),
     dict(step_form="constant", forget=False, initial_memory="learned", value_dim=5),
     dict(head_dim=3, post_norm="head_rms", gate="silu", v_activation="gelu", chunk_size=1),
-    dict(v_conv=True, value_dim=5, v_activation="silu"),
+    dict(v_conv=True, value_dim=5, v_activation="silu", v_eps=1.0),
   ],
   ids=str,
 )

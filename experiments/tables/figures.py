@@ -29,6 +29,7 @@ STYLES["trellis_wide_forget"] = (plots.VERMILLION, "^")
 STYLES["trellis_wide_silu"] = (plots.VERMILLION, ">")
 STYLES["trellis_wide_conv"] = (plots.VERMILLION, "v")
 STYLES["trellis_wide_conv_plain"] = (plots.VERMILLION, "<")
+STYLES["trellis_wide_conv_eps"] = (plots.VERMILLION, "p")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 
 

@@ -28,6 +28,7 @@ NAMES = {
   "trellis_wide_silu": "Trellis, M = 32, wide, SiLU on values",
   "trellis_wide_conv": "Trellis, M = 32, wide, convolved values, SiLU",
   "trellis_wide_conv_plain": "Trellis, M = 32, wide, convolved values",
+  "trellis_wide_conv_eps": "Trellis, M = 32, wide, convolved values, eps 1",
 }
 NOT_FINITE = "not finite"
 

@@ -69,6 +69,8 @@ class Config:
     v_conv: whether v has a short convolution too, of as many taps, which starts at its own token.
     conv_activation, v_activation: after the convolutions of q and k, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
+    v_eps: of v_norm, v / sqrt(|v|^2 + eps): a value much shorter than its root is written as it is,
+      so that a model can write little of a token. At 1 lengths stay below 1 all the same.
     forget: whether there is a forget gate; forget_init: its value on the built model.
     step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
     step_init: inner step on the built model; 0 is 1 / C for stale chunks of C tokens and 1/2 where
@@ -96,6 +98,7 @@ class Config:
   v_activation: str = "none"
   qk_norm: str = "l2"
   v_norm: str = "l2"
+  v_eps: float = 1e-6
   forget: bool = True
   forget_init: float = 0.98
   step_form: str = "sigmoid"
@@ -119,6 +122,8 @@ class Config:
     for role in ("num_slots", "chunk_size", "conv_taps"):
       if getattr(self, role) < 1:
         raise ValueError(f"{role}={getattr(self, role)} is not accepted; it must be >= 1")
+    if not (math.isfinite(self.v_eps) and self.v_eps > 0):
+      raise ValueError(f"v_eps={self.v_eps} is not accepted; it must be finite and > 0")
     if self.conv_decay < 0:
       raise ValueError(f"conv_decay={self.conv_decay} is not accepted; it must be >= 0")
     if not 0 < self.forget_init < 1:
@@ -324,7 +329,7 @@ class Mixer(nnx.Module):
     if c.qk_norm == "l2":
       q, k = nn.unit(q), nn.unit(k)
     if c.v_norm == "l2":
-      v = nn.unit(v)
+      v = nn.unit(v, c.v_eps)
     return (q, k, v, targets(c, alpha), *self._gates(x)), (taps, v_taps)
 
   def _gates(self, x):

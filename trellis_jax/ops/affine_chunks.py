@@ -1,7 +1,7 @@
 r"""`affine` as a `jax.lax.scan` over blocks of a few chunks of L tokens.
 
 In a block a scan carries S from chunk to chunk and all else is batched. The backward stores S at
-the block starts and recomputes the rest block by block, in a core's cache.
+the block starts and recomputes the rest block by block.
 
 With G_t the decay from the chunk's start through t, E_s from after s to its end, D_ts between them
 (all by `halving`), and S the state at the chunk's start:
@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from trellis_jax.ops import halving, triangular
-
-BLOCK = 128  # tokens in a block, or one chunk if that is longer
+from trellis_jax.ops.blocking import block_tokens
 
 
 def power_of_two(n: int) -> int:
@@ -37,7 +36,7 @@ def forward(q, k, w, log_decay, beta, start, *, axis, length, precision):
   """Returns (o [B T H V], S [B H K V]); all arrays in one dtype, `length` a power of two."""
   tokens = q.shape[1]
   chunks = math.ceil(tokens / length)
-  blocks = math.ceil(chunks * length / max(length, BLOCK))
+  blocks = math.ceil(chunks * length / max(length, block_tokens()))
   per_block = math.ceil(chunks / blocks) * length
   local = functools.partial(_block, axis=axis, length=length, precision=precision)
   xs = [None if x is None else _cut(x, per_block) for x in (q, k, w, log_decay, beta)]

@@ -6,6 +6,7 @@ A backend is a module with
   forward(spec, inputs, start, init, rows, save) -> (o, end, kept, saved)
   backward(spec, inputs, start, init, rows, saved, cts) -> (inputs_bar, start_bar, init_bar)
   step(spec, memory, state, token) -> (state, o), as `ops/reference.py` has it: may be absent
+  widths(spec, shapes) -> the D and V that it is called with (ops/filled.py); absent: any
 
 as `ops/chunked.py` documents them ("reference" alone is a plain function). A backend sees whole
 chunks only: `ops/trellis.py` takes the rest of a chunk that an earlier call left unfinished.
@@ -47,9 +48,17 @@ def load(name: str):
   return chunked if name == "xla" else importlib.import_module(f"pallas_kernels.{name}")
 
 
-def steps(name: str) -> bool:
-  """Whether an implementation takes a single token in its own way, in fp32."""
-  return name != "reference" and hasattr(load(name), "step")
+def widths(name: str, spec: Spec, shapes: Shapes) -> tuple[int, int]:
+  """Returns the widths of keys and values that an implementation runs a call with."""
+  own = lambda spec, shapes: (shapes.D, shapes.V)
+  return getattr(load(name), "widths", own)(spec, shapes)
+
+
+def steps(name: str, spec: Spec, shapes: Shapes) -> bool:
+  """Whether an implementation takes a single token in its own way, in fp32 and in these widths."""
+  if name == "reference" or not hasattr(load(name), "step"):
+    return False
+  return widths(name, spec, shapes) == (shapes.D, shapes.V)
 
 
 def choose(name: str | None, spec: Spec, shapes: Shapes) -> str:

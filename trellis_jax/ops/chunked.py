@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from trellis_jax.ops import decay, evolve, readout, substitution
+from trellis_jax.ops.blocking import block_tokens
 from trellis_jax.ops.spec import Spec
 
-# Tokens in a block: enough work in the parallel reads to outweigh the loop around them, little
-# enough to stay in a core's cache. Chunks under SHORT tokens keep a memory per chunk, so fewer.
-BLOCK, SHORT_BLOCK, SHORT = 128, 64, 16
+# Chunks under SHORT tokens keep a memory per chunk, so blocks have fewer tokens.
+SHORT_BLOCK, SHORT = 64, 16
 
 
 class Inputs(NamedTuple):
@@ -54,7 +54,7 @@ class _Plan(NamedTuple):
   @classmethod
   def of(cls, slots: int, chunk: int) -> "_Plan":
     per_read = math.ceil(SHORT / chunk)
-    most = max(1, (BLOCK if chunk >= SHORT else SHORT_BLOCK) // chunk)
+    most = max(1, (block_tokens() if chunk >= SHORT else SHORT_BLOCK) // chunk)
     chunks = slots // chunk
     blocks = max(1, math.ceil(chunks / most))
     each = math.ceil(math.ceil(chunks / blocks) / per_read) * per_read

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from trellis_jax.ops import backends, checks, chunked, reference, sharded
+from trellis_jax.ops import backends, checks, chunked, filled, reference, sharded
 from trellis_jax.ops.chunked import Inputs
 from trellis_jax.ops.grid import Grid, pad_tail, rows_of
 from trellis_jax.ops.spec import Spec
@@ -94,14 +94,17 @@ def trellis(
   ).check()
   arrays = (q, k, v, alpha, log_beta, gamma)
   checks.check(spec, *arrays, initial_memory, initial_state, segment_ids)
-  b, t, h, d = q.shape
-  shapes = backends.Shapes(b, t, h, d, v.shape[-1], alpha.shape[-1], str(v.dtype))
-  implementation = backends.choose(implementation, spec, shapes)
+  implementation = backends.choose(implementation, spec, _shapes(Inputs(*arrays)))
   call = functools.partial(_call, implementation, spec)
   kernel = implementation in backends.kernels()
   return sharded.over_mesh(
     call, kernel, Inputs(*arrays), initial_memory, initial_state, segment_ids
   )
+
+
+def _shapes(x: Inputs) -> backends.Shapes:
+  """What a backend decides on."""
+  return backends.Shapes(*x.q.shape, x.v.shape[-1], x.alpha.shape[-1], str(x.v.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -155,7 +158,7 @@ def _token_loop(implementation, spec, memory, state, x: Inputs, segment_ids):
   tokens = (*(a.astype(acc) for a in x), segment_ids)
   if t == 1:
     step = reference.step
-    if acc == jnp.float32 and backends.steps(implementation):
+    if acc == jnp.float32 and backends.steps(implementation, spec, _shapes(x)):
       step = functools.partial(_step, implementation)
     state, o = step(spec, memory, state, tuple(a[:, 0] for a in tokens))
     o = o[:, None]
@@ -178,19 +181,19 @@ _step.defvjp(
 
 def _on_grid(implementation, spec, inputs, start, anchor, init, rows):
   """Runs the chunks: one entered midway as a scan's body, the others as the backend does."""
+  widths = backends.widths(implementation, spec, _shapes(inputs))
+  run = functools.partial(filled.over, functools.partial(_run, implementation, spec), widths)
   if anchor is None:
-    return _run(implementation, spec, inputs, start, init, rows)
+    return run(inputs, start, init, rows)
   c = spec.chunk_size
   first, rest = (jax.tree.map(lambda x: x[:, at], inputs) for at in (slice(c), slice(c, None)))
   entered = jax.checkpoint(chunked.entered_chunk, static_argnums=0)
   o, end, kept = entered(spec, first, start, anchor, init, rows)
   if not rest.q.shape[1]:
     return o, end, kept
-  run = None if rows.run is None else rows.run[:, c:] - rows.run[:, c - 1 : c]
+  restarts = None if rows.run is None else rows.run[:, c:] - rows.run[:, c - 1 : c]
   later = rows.last > 0
-  o_rest, end, kept_rest = _run(
-    implementation, spec, rest, end, init, chunked.Rows(run, rows.last - 1)
-  )
+  o_rest, end, kept_rest = run(rest, end, init, chunked.Rows(restarts, rows.last - 1))
   pick = lambda a, b: jnp.where(later[:, None, None, None], a, b)
   return jnp.concatenate([o, o_rest], axis=1), end, jax.tree.map(pick, kept_rest, kept)
 

@@ -13,8 +13,9 @@ besides, of M = 32 and as many parameters. `trellis_m32` has memories as large a
 both in the default's chunks, which keep the memory at the chunk's start besides, and as the exact
 recurrence (C = 1), which keeps nothing else. `trellis_wide_forget` has a forget gate that starts at
 0.9 and not at 0.98, `trellis_wide_silu` SiLU on values, which Fig. 1 of the paper has,
-`trellis_wide_conv` a short convolution before it, as the delta rules have, and
-`trellis_wide_conv_plain` the convolution alone.
+`trellis_wide_conv` a short convolution before it, as the delta rules have,
+`trellis_wide_conv_plain` the convolution alone, and `trellis_wide_conv_eps` the convolution and
+values of which little can be written, v / sqrt(|v|^2 + 1).
 """
 
 import math
@@ -52,6 +53,7 @@ MATCHED = {
   "trellis_wide_silu": _WIDE | {"v_activation": "silu"},
   "trellis_wide_conv": _WIDE | {"v_conv": True, "v_activation": "silu"},
   "trellis_wide_conv_plain": _WIDE | {"v_conv": True},
+  "trellis_wide_conv_eps": _WIDE | {"v_conv": True, "v_eps": 1.0},
 }
 
 

@@ -59,9 +59,11 @@ CHOICES = (
   {"conv_decay": 0.0},
   {"qk_norm": "none"},
   {"v_norm": "none"},
+  {"v_eps": 1.0},
   {"v_activation": "silu"},
   {"v_conv": True},
   {"v_activation": "silu", "v_conv": True},
+  {"v_conv": True, "v_eps": 1.0},
   # The path through the inner gradient, and after the read.
   {"outer_gradient": 0.0},
   {"gate": "silu"},
