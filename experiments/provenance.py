@@ -1,9 +1,12 @@
 """Where numbers come from, and files that are whole or absent."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterator
 
 import jax
 
@@ -29,6 +32,18 @@ def revision(*folders: str, root: pathlib.Path = ROOT) -> str:
   return git("rev-parse", "--short", "HEAD") + "+changes" * bool(
     git("status", "--porcelain", "--", *folders)
   )
+
+
+@contextlib.contextmanager
+def sole_writer(path: pathlib.Path) -> Iterator[None]:
+  """Keeps others who ask so too out of a file's folder, while its lines are read and written."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(folder)
 
 
 def write(path: pathlib.Path, text: str) -> None:

@@ -67,17 +67,16 @@ def settings(cfg) -> dict[str, Any]:
 
 def run(study, only: dict[str, str], path: pathlib.Path, console: rich.console.Console) -> None:
   """Runs what is missing of a study, and writes its lines as they end."""
-  lines = metrics.read(path) if path.exists() else []
+  read = lambda: metrics.read(path) if path.exists() else []
   cells = [(labels, cfg) for labels, cfg in study.cells() if _chosen(labels, only)]
   if not cells:
     raise UserError(f"--only={only} fits no setting of the study")
   for number, (labels, cfg) in enumerate(cells, 1):
     wanted = settings(cfg)
     same = lambda line: line["labels"] == labels and line["settings"] == wanted
-    have = {(line["seed"], line["peak_lr"]) for line in lines if same(line)}
+    have = {(line["seed"], line["peak_lr"]) for line in read() if same(line)}
     if all((s, r) in have for s in study.SEEDS for r in rates(study, cfg)):
       continue
-    lines = [line for line in lines if line["labels"] != labels]
     name = " ".join(f"{k}={v}" for k, v in labels.items())
     start, origin = (
       time.perf_counter(),
@@ -86,8 +85,10 @@ def run(study, only: dict[str, str], path: pathlib.Path, console: rich.console.C
     done = _train(study, cfg, f"{number}/{len(cells)} {name}", console)
     about = {"seconds": round(time.perf_counter() - start, 1), "replicas": len(done)}
     about |= {"floats_of_state": state_floats(cfg), "parameters": parameters(cfg)}
-    lines += [{"labels": labels, **r.line(), **about, **origin, "settings": wanted} for r in done]
-    provenance.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    found = [{"labels": labels, **r.line(), **about, **origin, "settings": wanted} for r in done]
+    with provenance.sole_writer(path):  # other processes may run other settings
+      lines = [line for line in read() if line["labels"] != labels] + found
+      provenance.write(path, "".join(json.dumps(line) + "\n" for line in lines))
     best = max((r.eval_accuracy[-1] for r in done if r.lost is None), default=float("nan"))
     console.print(f"{number}/{len(cells)} {name}: best {best:.3f}, {about['seconds']:.0f} s")
 

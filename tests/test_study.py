@@ -106,6 +106,19 @@ def test_a_grid_runs_what_is_missing_and_its_table_says_what_was_run(tmp_path, m
     study.run(_Study, {"pairs": "9"}, path, console)
 
 
+def test_lines_that_another_process_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+  console, path = study.rich.console.Console(quiet=True), tmp_path / "grid.jsonl"
+
+  def train(cfg, seeds, peak_lrs, on_log):
+    if cfg.data.mqar.pairs == 1:  # the other process ends in the midst of this one's first setting
+      study.run(_Study, {"pairs": "2"}, path, console)
+    return [replicas.Replica(s, lr, eval_accuracy=[1.0]) for s in seeds for lr in peak_lrs]
+
+  monkeypatch.setattr(replicas, "train", train)
+  study.run(_Study, {"pairs": "1"}, path, console)
+  assert [line["labels"]["pairs"] for line in metrics.read(path)] == [2] * 4 + [1] * 4
+
+
 def test_the_table_shows_the_best_rate_and_counts_a_lost_replica_as_zero():
   line = lambda lr, accuracy, onset: dict(peak_lr=lr, accuracy=accuracy, onset=onset)
   lines = [line(1e-3, 0.6, 300), line(1e-3, 0.8, 100), line(1e-2, 0.9, 50), line(1e-2, None, None)]

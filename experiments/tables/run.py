@@ -28,12 +28,10 @@ writes the tables. Flags:
 """
 
 import argparse
-import fcntl
 import gc
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -172,20 +170,15 @@ def _words(runs_now: list[tuple[int, float]]) -> str:
 
 def add(path: pathlib.Path, line: lines_lib.Line) -> None:
   """Adds a line in place of those of other settings; other processes may do so meanwhile."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   where = {k: line[k] for k in ("labels", "scale", "tokens", "corpus_digest")}
   same = {k: line[k] for k in ("settings", "score_tokens")}
-  folder = os.open(path.parent, os.O_RDONLY)
-  try:
-    fcntl.flock(folder, fcntl.LOCK_EX)
+  with provenance.sole_writer(path):
     kept = [
       old
       for old in lines_lib.read(path, lines_lib.FIELDS)
       if not where.items() <= old.items() or same.items() <= old.items()
     ]
     provenance.write(path, "".join(json.dumps(x) + "\n" for x in [*kept, line]))
-  finally:
-    os.close(folder)
 
 
 def _train_and_score(
