@@ -38,6 +38,10 @@ TRIED = {
   "learned_first_memory": {"initial_memory": "learned"},
   "keys_from_the_present": {"conv_decay": 0.0},
   "own_map_of_queries": {"share_qk": False},
+  "values_convolved": {"v_conv": True},
+  "values_convolved_silu": {"v_conv": True, "v_activation": "silu"},
+  "values_convolved_eps_1": {"v_conv": True, "v_eps": 1.0},
+  "f_eps_1": {"eps": 1.0},
   "silu_gate_norm_by_head": {"gate": "silu", "post_norm": "head_rms"},
   "first_order": {"outer_gradient": 0.0},
 }
