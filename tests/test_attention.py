@@ -196,7 +196,7 @@ def test_decoding_in_pieces_is_one_call(chunk_size, pieces):
   jax.tree.map(close, state, want_state)
 
 
-@pytest.mark.parametrize("knobs", [{}, dict(v_conv=True)], ids=str)
+@pytest.mark.parametrize("knobs", [{}, dict(v_conv=True, alpha_conv=True)], ids=str)
 def test_decoding_from_the_cache_is_one_call(knobs):
   layer = build(**knobs)
   layer.init_cache(X.shape)

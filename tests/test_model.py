@@ -161,7 +161,7 @@ def test_an_eps_of_values_that_is_not_positive_is_refused(v_eps):
     dict(step_form="softplus", target="layer_norm", gate="none", post_norm="none"),
     dict(step_form="constant", forget=False, initial_memory="learned", value_dim=5),
     dict(head_dim=3, post_norm="head_rms", gate="silu", v_activation="gelu", chunk_size=1),
-    dict(v_conv=True, value_dim=5, v_activation="silu", v_eps=1.0),
+    dict(v_conv=True, alpha_conv=True, value_dim=5, v_activation="silu", v_eps=1.0),
   ],
   ids=str,
 )

@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 WIDTH, H, T = 16, 2, 11
 KNOBS = (
   ("trellis", dict(num_slots=5, v_activation="gelu", curvature=1.0)),
-  ("trellis", dict(num_slots=5, v_conv=True, value_dim=5, v_activation="silu")),
+  ("trellis", dict(num_slots=5, v_conv=True, alpha_conv=True, value_dim=5, v_activation="silu")),
   ("ttt_linear", dict(rope=True)),
   ("ttt_linear", dict(learned_scale=False, conv_taps=1, head_dim=3, value_dim=3, chunk_size=1)),
   ("ttt_mlp", dict(expansion=2, gate="none", post_norm="none")),

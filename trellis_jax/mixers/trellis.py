@@ -5,7 +5,7 @@ For an input x [B, T, width], per head:
   h      = W_qk x                            one map for queries and keys
   q, k   = unit(silu(conv_q h)), unit(silu(conv_k h))
   v      = unit(act(W_v x))                  with `v_conv` unit(act(conv_v W_v x))
-  a      = phi(W_a x)                        target codes
+  a      = phi(W_a x)                        target codes, with `alpha_conv` phi(conv_a W_a x)
   b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`
   g      = step_scale sigmoid(w_g x + c_g)   inner step, starting near `step_init`
   o      = trellis(q, k, v, a, log b, g)
@@ -66,7 +66,8 @@ class Config:
     conv_taps: K of the short convolutions on q and k; 1 is none.
     conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
       key starts without the token before it, and recall, which binds a value to that, waits.
-    v_conv: whether v has a short convolution too, of as many taps, which starts at its own token.
+    v_conv, alpha_conv: whether v, and W_a x, have short convolutions too, of as many taps, which
+      start at their own token.
     conv_activation, v_activation: after the convolutions of q and k, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     v_eps: of v_norm, v / sqrt(|v|^2 + eps): a value much shorter than its root is written as it is,
@@ -94,6 +95,7 @@ class Config:
   conv_taps: int = 4
   conv_decay: float = 0.5
   v_conv: bool = False
+  alpha_conv: bool = False
   conv_activation: str = "silu"
   v_activation: str = "none"
   qk_norm: str = "l2"
@@ -172,12 +174,13 @@ def implementations() -> tuple[str, ...]:
 class State:
   """memory: of the op; taps: the last K - 1 inputs of the convolutions of q and k [B, K-1, W].
 
-  v_taps: of that of v, None without one.
+  v_taps, alpha_taps: of those of v and of alpha, None without one.
   """
 
   memory: TrellisState
   taps: Array
   v_taps: Array | None = None
+  alpha_taps: Array | None = None
 
 
 class Mixer(nnx.Module):
@@ -231,8 +234,10 @@ class Mixer(nnx.Module):
       self.conv_q = conv(num_heads * d, c.conv_taps)
       self.conv_k = conv(num_heads * d, c.conv_taps, decay=c.conv_decay)
     self.v, self.alpha = project(v), project(c.num_slots)
-    if c.v_conv:
-      self.conv_v = nn.ShortConv(num_heads * v, c.conv_taps, activation="none", **kw)
+    for name, wanted, size in (("v", c.v_conv, v), ("alpha", c.alpha_conv, c.num_slots)):
+      if wanted:
+        conv = nn.ShortConv(num_heads * size, c.conv_taps, activation="none", **kw)
+        setattr(self, f"conv_{name}", conv)
     gates = c.forget + (c.step_form != "constant")
     if gates:
       # Narrow and near zero, so that the gates start at their biases.
@@ -313,8 +318,8 @@ class Mixer(nnx.Module):
     if segment_ids is not None:
       run = runs_of(segment_ids, state.memory.segment)
       count = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-    h, v = self.qk(x), self.v(x)
-    taps, v_taps = sharding.like(state.taps, h), state.v_taps
+    h, v, alpha = self.qk(x), self.v(x), self.alpha(x)
+    taps, v_taps, alpha_taps = sharding.like(state.taps, h), state.v_taps, state.alpha_taps
     q, k = (h, h) if c.share_qk else jnp.split(h, 2, axis=-1)
     if c.conv_taps > 1:
       bq, bk = (taps, taps) if c.share_qk else jnp.split(taps, 2, axis=-1)
@@ -323,14 +328,20 @@ class Mixer(nnx.Module):
     if c.v_conv:
       before = sharding.like(v_taps, v)
       v, v_taps = self.conv_v(v, before, run), nn.last_taps(v, before, run, count)
+    if c.alpha_conv:
+      before = sharding.like(alpha_taps, alpha)
+      alpha, alpha_taps = (
+        self.conv_alpha(alpha, before, run),
+        nn.last_taps(alpha, before, run, count),
+      )
     if c.v_activation != "none":
       v = getattr(jax.nn, c.v_activation)(v)
-    q, k, v, alpha = heads(q), heads(k), heads(v), heads(self.alpha(x))
+    q, k, v, alpha = heads(q), heads(k), heads(v), heads(alpha)
     if c.qk_norm == "l2":
       q, k = nn.unit(q), nn.unit(k)
     if c.v_norm == "l2":
       v = nn.unit(v, c.v_eps)
-    return (q, k, v, targets(c, alpha), *self._gates(x)), (taps, v_taps)
+    return (q, k, v, targets(c, alpha), *self._gates(x)), (taps, v_taps, alpha_taps)
 
   def _gates(self, x):
     """Returns (log_beta, gamma) [B, T, H] in fp32."""
@@ -360,8 +371,8 @@ class Mixer(nnx.Module):
     )
     memory = tuple(s.astype(jnp.promote_types(self.dtype, jnp.float32)) for s in memory)
     zeros = lambda maps: jnp.zeros((batch, c.conv_taps - 1, maps.out_features), self.dtype)
-    taps = zeros(self.qk), zeros(self.v) if c.v_conv else None
-    return State(TrellisState.fresh(memory, batch, c.chunk_size), *taps)
+    taps = [zeros(self.v) if c.v_conv else None, zeros(self.alpha) if c.alpha_conv else None]
+    return State(TrellisState.fresh(memory, batch, c.chunk_size), zeros(self.qk), *taps)
 
   def flops(self, num_tokens: int) -> int:
     """Returns the forward FLOPs of one row: projections, then 10 products per chunk and head.
@@ -379,7 +390,9 @@ class Mixer(nnx.Module):
 
   def state_size(self) -> int:
     """Returns the numbers one row carries: memories, chunk-start memories for C > 1, taps."""
-    memory = self.num_heads * self.config.num_slots * (self.head_dim + self.value_dim)
-    convolved = self.qk.out_features + (self.v.out_features if self.config.v_conv else 0)
-    taps = (self.config.conv_taps - 1) * convolved
-    return memory * (1 if self.config.chunk_size == 1 else 2) + taps
+    c = self.config
+    memory = self.num_heads * c.num_slots * (self.head_dim + self.value_dim)
+    convolved = self.qk.out_features
+    convolved += c.v_conv * self.v.out_features + c.alpha_conv * self.alpha.out_features
+    taps = (c.conv_taps - 1) * convolved
+    return memory * (1 if c.chunk_size == 1 else 2) + taps

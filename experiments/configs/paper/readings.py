@@ -41,6 +41,8 @@ TRIED = {
   "values_convolved": {"v_conv": True},
   "values_convolved_silu": {"v_conv": True, "v_activation": "silu"},
   "values_convolved_eps_1": {"v_conv": True, "v_eps": 1.0},
+  "codes_convolved": {"alpha_conv": True},
+  "values_and_codes_convolved": {"v_conv": True, "v_eps": 1.0, "alpha_conv": True},
   "f_eps_1": {"eps": 1.0},
   "silu_gate_norm_by_head": {"gate": "silu", "post_norm": "head_rms"},
   "first_order": {"outer_gradient": 0.0},

@@ -64,6 +64,7 @@ CHOICES = (
   {"v_conv": True},
   {"v_activation": "silu", "v_conv": True},
   {"v_conv": True, "v_eps": 1.0},
+  {"alpha_conv": True},
   # The path through the inner gradient, and after the read.
   {"outer_gradient": 0.0},
   {"gate": "silu"},
