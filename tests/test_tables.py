@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 from experiments import provenance
@@ -210,6 +211,9 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
       "onset": 10,
       "floats_of_state": 7,
       "revision": "abc",
+      "lost": None,
+      "steps": [10, 20, 30],
+      "train_accuracy": [0.0, rate, 0.5 * seed],
     }
     for model in ("trellis C=16 stale", "gated_delta_net")
     for n in (8, 16)
@@ -219,7 +223,12 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   save(tmp_path / "study" / "mqar_noise.jsonl", lines)
   built = tables.build("mqar", tmp_path)
   assert "0.29 (0.04-0.54) 10" in built.text and ".." in built.text
-  assert built.status == "mqar_noise: 4 of 72 settings" and set(built.figures) == {"mqar_noise"}
+  assert built.status == "mqar_noise: 4 of 72 settings"
+  assert set(built.figures) == {"mqar_noise", "mqar_noise_steps"}
+  panels = built.figures["mqar_noise_steps"].axes
+  assert [ax.get_title() for ax in panels] == ["4 pairs, n 8", "4 pairs, n 16"]
+  for line in panels[1].lines:  # the better rate; of batches side by side and of two seeds
+    np.testing.assert_allclose(line.get_ydata(), [2e-3, (4e-3 + 0.25) / 3, (4e-3 + 0.25) / 2])
   (ax,) = built.figures["mqar_noise"].axes
   assert [list(c.lines[0].get_xdata()) for c in ax.containers] == [[8, 16], [8, 16]]
   with (tmp_path / "study" / "mqar_noise.jsonl").open("a") as f:

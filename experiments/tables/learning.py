@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
+from experiments import plots, study
 from experiments.tables import figures
 from experiments.tables import lines as lines_lib
 
@@ -41,3 +41,53 @@ def curves(
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
     figure.suptitle(heading)
   return figure
+
+
+def grid(heading: str, lines: list[lines_lib.Line], cells: list[dict], down: str, along: str):
+  """Accuracy of the training batches over the steps: a panel for each two values, means over seeds.
+
+  A replica answers a batch before it learns from it. Shaded is from the least to the most of the
+  seeds, at the learning rate with the best held-out accuracy.
+
+  Args:
+    heading: the title.
+    lines: of the study.
+    cells: the labels of the settings to show; the first label is the model.
+    down, along: the labels of the rows of panels, and of their columns.
+  """
+  values = lambda name: sorted({labels[name] for labels in cells})
+  names = list(dict.fromkeys(next(iter(labels.values())) for labels in cells))
+  with plots.style():
+    figure = Figure(figsize=(3.2 * len(values(along)), 2.4 * len(values(down)) + 0.6))
+    axes = figure.subplots(
+      len(values(down)), len(values(along)), squeeze=False, sharex=True, sharey=True
+    )
+    at = {(d, a): ax for d, row in zip(values(down), axes) for a, ax in zip(values(along), row)}
+    for labels in cells:
+      found = study.best_rate(lines_lib.select(lines, {"labels": labels}))
+      kept = [line for line in found if line["lost"] is None]
+      if not kept:
+        continue
+      name, steps = next(iter(labels.values())), np.asarray(kept[0]["steps"])
+      y = np.stack([_smooth(line["train_accuracy"]) for line in kept])
+      colour = figures.COLOURS[names.index(name) % len(figures.COLOURS)]
+      ax = at[labels[down], labels[along]]
+      ax.plot(steps, y.mean(axis=0), color=colour, linewidth=1.4, label=name)
+      ax.fill_between(steps, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    for (d, a), ax in at.items():
+      ax.set(title=f"{d} {down}, {along} {a}", ylim=(0, 1.02))
+    for ax in axes[-1]:
+      ax.set_xlabel("step")
+    for ax in axes[:, 0]:
+      ax.set_ylabel("accuracy")
+    named = {k: h for ax in at.values() for h, k in zip(*ax.get_legend_handles_labels())}
+    order = [name for name in names if name in named]
+    figure.legend([named[n] for n in order], order, loc="outside lower center", ncols=3)
+    figure.suptitle(heading)
+  return figure
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
+  """Means of `width` logged batches, of fewer at the ends: a batch has few questions."""
+  ones = np.ones(min(width, len(values)))
+  return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")

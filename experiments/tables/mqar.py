@@ -25,6 +25,8 @@ def build(results: pathlib.Path) -> page.Page:
     names.append(f"{name}: {len(have)} of {len(cells)} settings")
     if have and "pairs" in cells[0]:
       shown[name] = curves(heading, lines, have)
+    if have and {"pairs", "n"} <= cells[0].keys():
+      shown[f"{name}_steps"] = learning.grid(heading, lines, have, "pairs", "n")
     if have and hasattr(module, "TRACES"):
       shown[name] = learning.curves(heading, lines, have, module.TRACES)
   status = "; ".join(names) or page.NOT_RUN
