@@ -29,8 +29,7 @@ from pallas_kernels import _triton_step as one_token
 from pallas_kernels import _triton_writes_backward as writes_backward
 from pallas_kernels._triton_call import BLOCK, Plan, interpreted
 
-__all__ = ["backward", "forward", "interpreted", "step", "supports"]
-
+__all__ = ["backward", "forward", "interpreted", "step", "supports", "widths"]
 
 widths = _support.widths
 

@@ -43,7 +43,9 @@ def curves(
   return figure
 
 
-def grid(heading: str, lines: list[lines_lib.Line], cells: list[dict], down: str, along: str):
+def grid(
+  heading: str, lines: list[lines_lib.Line], cells: list[dict], down: str, along: str
+) -> Figure:
   """Accuracy of the training batches over the steps: a panel for each two values, means over seeds.
 
   A replica answers a batch before it learns from it. Shaded is from the least to the most of the
