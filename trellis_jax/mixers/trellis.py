@@ -325,15 +325,15 @@ class Mixer(nnx.Module):
       bq, bk = (taps, taps) if c.share_qk else jnp.split(taps, 2, axis=-1)
       q, k = self.conv_q(q, bq, run), self.conv_k(k, bk, run)
     taps = nn.last_taps(h, taps, run, count)
+
+    def convolved(conv, y, before):
+      before = sharding.like(before, y)
+      return conv(y, before, run), nn.last_taps(y, before, run, count)
+
     if c.v_conv:
-      before = sharding.like(v_taps, v)
-      v, v_taps = self.conv_v(v, before, run), nn.last_taps(v, before, run, count)
+      v, v_taps = convolved(self.conv_v, v, v_taps)
     if c.alpha_conv:
-      before = sharding.like(alpha_taps, alpha)
-      alpha, alpha_taps = (
-        self.conv_alpha(alpha, before, run),
-        nn.last_taps(alpha, before, run, count),
-      )
+      alpha, alpha_taps = convolved(self.conv_alpha, alpha, alpha_taps)
     if c.v_activation != "none":
       v = getattr(jax.nn, c.v_activation)(v)
     q, k, v, alpha = heads(q), heads(k), heads(v), heads(alpha)
