@@ -130,7 +130,7 @@ def test_table_4_shows_the_best_rate_the_spread_and_who_is_ahead(tmp_path):
   shrinks = "The gap of Trellis to Gated DeltaNet SHRINKS from T = 512 (+0.75) to 8192 (+0.50)."
   assert shrinks in built.text
   assert cells(built.text, "Trellis 512")[1:7] == [
-    "19.09", "5.25 (5.00-5.50)", "0.525 (0.500-0.550)", "0.005 of 0.002 0.005 0.0125", "0 1",
+    "19.09", "5.25 (5.00-5.50)", "0.525 (0.500-0.550)", "0.0125 of 0.005 0.0125 0.0312", "0 1",
     f"{2**20:,}",
   ]  # fmt: skip
   assert built.status == "5 of 80 rows at mini" and set(built.figures) == {"table4"}

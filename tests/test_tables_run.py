@@ -106,6 +106,15 @@ def test_runs_of_a_row_in_one_program_are_what_they_are_alone(text, monkeypatch,
   assert not (tmp_path / "runs" / "unsaved").exists()
 
 
+def test_the_best_rate_is_that_of_the_mean_over_the_seeds_that_tried_them_all():
+  key = {"labels": {}}
+  lines = [line(0, 0.1, 3.0, **key), line(0, 0.2, 2.9, **key), line(2, 0.1, 1.0, **key)]
+  assert lines_lib.best_rate(lines) == 0.2 and lines_lib.best_rate(lines, least=3) is None
+  lines += [line(1, 0.1, 3.0, **key), line(1, 0.2, 3.2, **key)]
+  assert lines_lib.best_rate(lines) == 0.1
+  assert lines_lib.best_rate([]) is None
+
+
 def test_what_starts_together_is_a_rows_seeds_that_miss_the_same_rates():
   row, other = Rows.rows("mini")
   todo = [(row, 0, 0.1), (row, 0, 0.2), (other, 0, 0.1), (row, 1, None), (row, 2, 0.1)]
@@ -127,7 +136,7 @@ def test_a_run_that_is_lost_beside_others_says_where(text, monkeypatch, tmp_path
 
 
 def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path, monkeypatch):
-  args = argparse.Namespace(seeds=[0, 1], rates=3, scale="mini", score_tokens=0)
+  args = argparse.Namespace(seeds=[0, 1], rates="3", scale="mini", score_tokens=0)
   row, _ = Rows.rows("mini")
   monkeypatch.setattr(run, "identity", lambda row, args: {"labels": row.labels})
   key = {"labels": row.labels}
@@ -139,6 +148,8 @@ def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path
   swept.append(line(0, fast, 0, **key, failure="loss is nan"))
   assert jobs(swept) == [(1, middle)]
   assert jobs([*swept, line(1, middle, 2.5, **key)]) == []
+  args.rates = "all"
+  assert jobs(swept) == [(1, slow), (1, middle), (1, fast)]
   assert [x["seed"] for x in lines_lib.best([*swept, line(1, middle, 9.0, **key)])] == [0, 1]
   old = line(0, slow, 3.0, **key, settings=1, score_tokens=0)
   for new in (old, old | {"seed": 1}, old | {"settings": 2}):

@@ -54,15 +54,17 @@ def loss(line: Line) -> float:
 
 
 def best_rate(lines: Iterable[Line], least: int = 1) -> float | None:
-  """The learning rate with the least validation loss, in the first seed that has the most rates.
+  """The learning rate with the least validation loss, the mean over the seeds with the most rates.
 
-  None unless that seed has `least` rates.
+  None unless those have `least` rates. Of seeds whose rates differ, the first has its say.
   """
   by_seed: dict[int, dict[float, float]] = {}
   for line in lines:
     by_seed.setdefault(line["seed"], {})[line["peak_lr"]] = loss(line)
-  swept = max((by_seed[seed] for seed in sorted(by_seed)), key=len, default={})
-  return min(swept, key=swept.get) if len(swept) >= least else None
+  rates = max((by_seed[seed].keys() for seed in sorted(by_seed)), key=len, default=())
+  swept = [losses for losses in by_seed.values() if losses.keys() == set(rates)]
+  mean = lambda rate: sum(losses[rate] for losses in swept) / len(swept)
+  return min(rates, key=mean) if rates and len(rates) >= least else None
 
 
 def best(lines: Iterable[Line]) -> list[Line]:

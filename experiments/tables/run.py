@@ -20,7 +20,7 @@ writes the tables. Flags:
     --tokens=N          trained on by every row, in place of the scale's; such rows are a table of
                         their own
     --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini without
-    --rates=1           the row's own rate alone, in place of 3
+    --rates=all         every seed at all three rates; or 1: the row's own rate alone
     --together          all runs of a row that can start in one program (tables/together.py): for
                         small models on an accelerator; what is stopped is lost
     --tasks=PATH        of table1: folder of the tasks' files; of table3: the needles' haystack
@@ -108,15 +108,16 @@ def pending(rows: list[base.Row], args: argparse.Namespace, lines: list[lines_li
   """What is still to be run: (row, seed, rate), None for a rate that other runs will tell."""
   for seed in args.seeds:
     for row in rows:
-      rates = row.rates if args.rates == 3 else (row.config.optim.peak_lr,)
+      rates = (row.config.optim.peak_lr,) if args.rates == "1" else row.rates
       have = lines_lib.select(lines, identity(row, args))
       done = {(line["seed"], line["peak_lr"]) for line in have}
       best = lines_lib.best_rate(have, len(rates))
       swept = best is not None and any(all((s, r) in done for r in rates) for s, _ in done)
-      if not swept and seed != args.seeds[0]:
+      every = args.rates == "all"
+      if not (swept or every or seed == args.seeds[0]):
         yield row, seed, None
         continue
-      sweeps = not swept or all((seed, rate) in done for rate in rates)
+      sweeps = every or not swept or all((seed, rate) in done for rate in rates)
       yield from ((row, seed, r) for r in (rates if sweeps else (best,)) if (seed, r) not in done)
 
 
@@ -271,6 +272,8 @@ def _command(name: str, row: base.Row, seed: int, args: argparse.Namespace) -> s
     flags.append(f"--tokens={args.tokens}")
   if args.score_tokens != SCORE_TOKENS[args.scale]:
     flags.append(f"--score_tokens={args.score_tokens}")
+  if args.rates == "all":
+    flags.append("--rates=all")
   if args.together:
     flags.append("--together")
   return shlex.join(["python", "-m", "experiments.tables.run", name, *flags])
@@ -289,7 +292,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--only", action="append", default=[], help="LABEL=VALUE[,VALUE]")
   parser.add_argument("--tokens", type=int, default=0, help="trained on by every row")
   parser.add_argument("--score_tokens", type=int, help="read of each split; 0 is all")
-  parser.add_argument("--rates", type=int, choices=(1, 3), default=3, help="tried of every row")
+  parser.add_argument("--rates", choices=("1", "3", "all"), default="3", help="tried of every row")
   parser.add_argument("--tasks", default="", help="path of the tasks' files or the haystack")
   parser.add_argument("--together", action="store_true", help="runs of a row in one program")
   parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the lines")
