@@ -68,7 +68,7 @@ def test_rows_run_once_and_a_line_says_where_its_numbers_are_from(
   assert one["test"]["bits_per_byte"] > 1 and one["parameters"] > 1000 and one["flops"] > 0
   assert one["command"] == (
     "python -m experiments.tables.run rows --scale=mini --only=model=trellis --only=context=32 "
-    "--seeds=0 --data=text"
+    "--seeds=0 --data=text --rates=1"
   )
   assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
   monkeypatch.setattr(run, "_train_and_score", None)  # would fail if anything were run again

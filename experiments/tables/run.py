@@ -272,8 +272,8 @@ def _command(name: str, row: base.Row, seed: int, args: argparse.Namespace) -> s
     flags.append(f"--tokens={args.tokens}")
   if args.score_tokens != SCORE_TOKENS[args.scale]:
     flags.append(f"--score_tokens={args.score_tokens}")
-  if args.rates == "all":
-    flags.append("--rates=all")
+  if args.rates != "3":
+    flags.append(f"--rates={args.rates}")
   if args.together:
     flags.append("--together")
   return shlex.join(["python", "-m", "experiments.tables.run", name, *flags])
