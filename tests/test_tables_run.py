@@ -150,6 +150,8 @@ def test_further_seeds_run_at_the_rate_that_was_best_and_stale_lines_go(tmp_path
   assert jobs([*swept, line(1, middle, 2.5, **key)]) == []
   args.rates = "all"
   assert jobs(swept) == [(1, slow), (1, middle), (1, fast)]
+  args.rates = "1"  # known from the start
+  assert jobs([]) == [(0, middle), (1, middle)]
   assert [x["seed"] for x in lines_lib.best([*swept, line(1, middle, 9.0, **key)])] == [0, 1]
   old = line(0, slow, 3.0, **key, settings=1, score_tokens=0)
   for new in (old, old | {"seed": 1}, old | {"settings": 2}):

@@ -113,7 +113,7 @@ def pending(rows: list[base.Row], args: argparse.Namespace, lines: list[lines_li
       done = {(line["seed"], line["peak_lr"]) for line in have}
       best = lines_lib.best_rate(have, len(rates))
       swept = best is not None and any(all((s, r) in done for r in rates) for s, _ in done)
-      every = args.rates == "all"
+      every = args.rates != "3"
       if not (swept or every or seed == args.seeds[0]):
         yield row, seed, None
         continue
