@@ -65,7 +65,8 @@ def test_sizes_are_the_papers_and_rivals_have_as_many_parameters(size):
     row = base.row({"model": mixer}, size, mixer, 2048)
     count[mixer] = matching.sizes(lm_of(row.config)).parameters
   least, most = PUBLISHED_SIZES.get(size, (0, 2000))
-  assert least <= round(count["trellis"] / 1e6) <= most
+  drawn = base.row({}, size, "trellis", 2048, v_conv=False, alpha_conv=False)  # the paper's Fig. 1
+  assert least <= round(matching.sizes(lm_of(drawn.config)).parameters / 1e6) <= most
   for mixer, parameters in count.items():
     assert parameters == pytest.approx(count["trellis"], rel=0.01), mixer
 

@@ -1,6 +1,7 @@
 """The result pages: made from lines alone, the committed ones byte for byte, bad lines refused."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import provenance
+from experiments.configs import default as default_config
+from experiments.configs.paper import matched
 from experiments.evals import perplexity
 from experiments.tables import __main__ as tables
 from experiments.tables import language, page, run
@@ -133,11 +136,41 @@ def test_table_4_shows_the_best_rate_the_spread_and_who_is_ahead(tmp_path):
     "19.09", "5.25 (5.00-5.50)", "0.525 (0.500-0.550)", "0.0125 of 0.005 0.0125 0.0312", "0 1",
     f"{2**20:,}",
   ]  # fmt: skip
-  assert built.status == "5 of 80 rows at mini" and set(built.figures) == {"table4"}
+  assert built.status == "5 of 55 rows at mini" and set(built.figures) == {"table4"}
   # Another number of tokens is a table of its own.
   save(tmp_path / "lm" / "table4.jsonl", [*lines, line(rows["trellis", 512], "mini", 3, tokens=64)])
   text = text_of("table4", tmp_path)
   assert "## mini: 64 tokens of books" in text and "5.25 (5.00-5.50)" in text
+
+
+def test_choices_stand_beside_gated_delta_net_and_the_default_of_table_4(tmp_path):
+  theirs, mine = rows_of("table4"), rows_of("matched")
+  lines = [line(theirs["gated_delta_net", 512], "mini", x, seed=s) for s, x in ((0, 4), (1, 9))]
+  lines += [line(theirs["trellis_wide", 512], "mini", 6 * math.e)]
+  lines += [line(theirs["gated_delta_net", 2048], "mini", 0, failure="loss is nan at step 3")]
+  save(tmp_path / "lm" / "table4.jsonl", lines)
+  rows = [mine["plain", 512], mine["conv+eps", 512], mine["plain", 2048]]
+  losses = (6 * math.e**0.25, 6 / math.e**0.5, 7)
+  save(tmp_path / "lm" / "matched.jsonl", [line(r, "mini", x) for r, x in zip(rows, losses)])
+  built = tables.build("matched", tmp_path)
+  said = [x for x in built.text.splitlines() if x.startswith("* ")]
+  assert said == [
+    "* T = 512: Gated DeltaNet has 6.50 (4.00-9.00), 2 seeds ([Table 4](table4.md)). Nats a token "
+    "more than it, means over seeds: conv+eps -0.500, plain +0.250, the library's default +1.000."
+  ]
+  names = [x.get_text() for x in built.figures["matched"].axes[0].get_yticklabels()]
+  assert names == ["conv+eps", "plain", "the library's default", "Gated DeltaNet"]
+
+
+def test_a_choice_sets_what_its_words_say():
+  rows = rows_of("matched")
+  knobs = lambda name: rows[name, 512].config.model.trellis.to_dict()
+  default = rows_of("table4")["trellis_wide", 512].config.model.trellis.to_dict()
+  words = matched.WORDS
+  assert knobs("plain") == default | default_config.PLAIN
+  assert knobs("conv+eps") == knobs("plain") | words["conv"] | words["eps"]
+  assert default == knobs("conv+eps+codes") | words["f95"]  # as its docstring says
+  assert set("+".join(matched.CHOICES).split("+")) == {"plain", *words}
 
 
 def test_ablations_say_what_they_cost(tmp_path):
@@ -223,7 +256,7 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   save(tmp_path / "study" / "mqar_noise.jsonl", lines)
   built = tables.build("mqar", tmp_path)
   assert "0.29 (0.04-0.54) 10" in built.text and ".." in built.text
-  assert built.status == "mqar_noise: 4 of 72 settings"
+  assert built.status == "mqar_noise: 4 of 81 settings"
   assert set(built.figures) == {"mqar_noise", "mqar_noise_steps"}
   panels = built.figures["mqar_noise_steps"].axes
   assert [ax.get_title() for ax in panels] == ["4 pairs, n 8", "4 pairs, n 16"]

@@ -12,6 +12,9 @@ import ml_collections
 
 from trellis_jax import mixers
 
+# Trellis that writes what a token says by itself, values of length 1; gates that forget little.
+PLAIN = {"v_conv": False, "v_eps": 1e-6, "alpha_conv": False, "forget_init": 0.98}
+
 
 def get_config() -> ml_collections.ConfigDict:
   """All fields of a run, with their units."""

@@ -14,8 +14,8 @@ import ml_collections
 
 from experiments.configs import default
 
-# Chunks and read as the paper has them.
-STALE = {"chunk_size": 16, "curvature": 0.0, "phi_out": "ln_silu"}
+# Chunks, read and writes as the paper has them, or nearly.
+STALE = default.PLAIN | {"chunk_size": 16, "curvature": 0.0, "phi_out": "ln_silu"}
 READINGS = {
   "": {},
   "linear": {"phi": "identity", "target": "layer_norm", "chunk_size": 1, "step_init": 0.5},

@@ -25,11 +25,6 @@ STYLES["trellis_m32"] = (plots.VERMILLION, "h")
 STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
 STYLES["trellis_wide"] = (plots.VERMILLION, "D")
 STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
-STYLES["trellis_wide_forget"] = (plots.VERMILLION, "^")
-STYLES["trellis_wide_silu"] = (plots.VERMILLION, ">")
-STYLES["trellis_wide_conv"] = (plots.VERMILLION, "v")
-STYLES["trellis_wide_conv_plain"] = (plots.VERMILLION, "<")
-STYLES["trellis_wide_conv_eps"] = (plots.VERMILLION, "p")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 
 
@@ -98,7 +93,12 @@ def short(x: float) -> str:
   return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
 
 
-def dots(panels: Sequence[tuple[str, Mapping[str, Point]]], title: str, xlabel: str) -> Figure:
+def dots(
+  panels: Sequence[tuple[str, Mapping[str, Point]]],
+  title: str,
+  xlabel: str,
+  ours: str = "trellis",
+) -> Figure:
   """A panel beside the other, a row for each name with a point in it, in the same order."""
   names = list(dict.fromkeys(name for _, points in panels for name in points))[::-1]
   with plots.style():
@@ -111,12 +111,12 @@ def dots(panels: Sequence[tuple[str, Mapping[str, Point]]], title: str, xlabel: 
           mean,
           y,
           xerr=[[mean - least], [most - mean]] if most > least else None,
-          color=plots.VERMILLION if row == "trellis" else plots.BLUE,
+          color=plots.VERMILLION if row == ours else plots.BLUE,
           marker="o",
           capsize=2,
         )
-      if "trellis" in points:
-        ax.axvline(points["trellis"].mean, color=plots.GREY, linestyle=":", linewidth=1.2)
+      if ours in points:
+        ax.axvline(points[ours].mean, color=plots.GREY, linestyle=":", linewidth=1.2)
       ax.set(title=name, xlabel=xlabel)
     axes[0].set_yticks(range(len(names)), [NAMES.get(n, n) for n in names])
     figure.suptitle(title)

@@ -24,11 +24,6 @@ NAMES = {
   "trellis_m32_exact": "Trellis, M = 32, C = 1",
   "trellis_wide": "Trellis, M = 32, wide",
   "trellis_wide_exact": "Trellis, M = 32, wide, C = 1",
-  "trellis_wide_forget": "Trellis, M = 32, wide, forget from .9",
-  "trellis_wide_silu": "Trellis, M = 32, wide, SiLU on values",
-  "trellis_wide_conv": "Trellis, M = 32, wide, convolved values, SiLU",
-  "trellis_wide_conv_plain": "Trellis, M = 32, wide, convolved values",
-  "trellis_wide_conv_eps": "Trellis, M = 32, wide, convolved values, eps 1",
 }
 NOT_FINITE = "not finite"
 

@@ -4,8 +4,8 @@ For an input x [B, T, width], per head:
 
   h      = W_qk x                            one map for queries and keys
   q, k   = unit(silu(conv_q h)), unit(silu(conv_k h))
-  v      = unit(act(W_v x))                  with `v_conv` unit(act(conv_v W_v x))
-  a      = phi(W_a x)                        target codes, with `alpha_conv` phi(conv_a W_a x)
+  v      = w / sqrt(|w|^2 + v_eps)           w = act(conv_v W_v x), `v_conv`
+  a      = phi(conv_a W_a x)                 target codes, `alpha_conv`
   b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`
   g      = step_scale sigmoid(w_g x + c_g)   inner step, starting near `step_init`
   o      = trellis(q, k, v, a, log b, g)
@@ -70,8 +70,7 @@ class Config:
       start at their own token.
     conv_activation, v_activation: after the convolutions of q and k, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
-    v_eps: of v_norm, v / sqrt(|v|^2 + eps): a value much shorter than its root is written as it is,
-      so that a model can write little of a token. At 1 lengths stay below 1 all the same.
+    v_eps: of v_norm, v / sqrt(|v|^2 + eps): with 1, little is written of a token whose v is short.
     forget: whether there is a forget gate; forget_init: its value on the built model.
     step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
     step_init: inner step on the built model; 0 is 1 / C for stale chunks of C tokens and 1/2 where
@@ -94,15 +93,15 @@ class Config:
   share_qk: bool = True
   conv_taps: int = 4
   conv_decay: float = 0.5
-  v_conv: bool = False
-  alpha_conv: bool = False
+  v_conv: bool = True
+  alpha_conv: bool = True
   conv_activation: str = "silu"
   v_activation: str = "none"
   qk_norm: str = "l2"
   v_norm: str = "l2"
-  v_eps: float = 1e-6
+  v_eps: float = 1.0
   forget: bool = True
-  forget_init: float = 0.98
+  forget_init: float = 0.95
   step_form: str = "sigmoid"
   step_init: float = 0.0
   step_scale: float = 1.0
@@ -148,9 +147,12 @@ class Config:
 
   @classmethod
   def literal(cls, **knobs) -> "Config":
-    """The most literal reading: raw targets, writes as they come, eps 1e-5 in phi, stale chunks."""
+    """The most literal reading: raw targets, writes as they come, eps 1e-5 in phi, stale chunks.
+
+    Values and codes are linear in a token, but for SiLU on values.
+    """
     plain = dict(phi_eps=1e-5, target="linear", v_activation="silu", qk_norm="none", v_norm="none")
-    plain |= dict(phi_out="ln_silu", chunk_size=16, curvature=0.0)
+    plain |= dict(phi_out="ln_silu", chunk_size=16, curvature=0.0, v_conv=False, alpha_conv=False)
     return cls(**(plain | knobs))
 
 

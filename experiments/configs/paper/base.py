@@ -76,7 +76,7 @@ SIZES = {
   ),  # 119 million
   "350m": Size(
     1024, 24, 16, (3088, 3088, 3080, 2312, 2392, 3064, 2752, 2736), 32_000, 1.5e-3, 15e9
-  ),  # 361 million; Table 4 says 7.5 billion tokens
+  ),  # 362 million; Table 4 says 7.5 billion tokens
   "780m": Size(
     1536, 24, 16, (4448, 4448, 4440, 3336, 3416, 4408, 4112, 4096), 32_000, 1.25e-3, 30e9
   ),  # 768 million

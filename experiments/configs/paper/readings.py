@@ -4,15 +4,17 @@
     python -m experiments.main --config=experiments/configs/paper/readings.py:paper,literal
 
 The paper writes alpha as a plain linear map, no length for queries, keys and values, an activation
-on the values, L2-normalised SiLU for f, the same symbol for phi and for the read, and takes all
-inner gradients of a chunk at its start, here in chunks of 16. `default` is the library's reading,
-and each row after `literal` changes one choice of it, first into the paper's, then into what else
-was tried; `own_map_of_queries` has more parameters, a twentieth at mini. None has a number in the
-paper. 125M parameters on the Pile, T = 2k: a run takes 1.7e18 FLOPs at the paper's scale.
+on the values and convolves neither, L2-normalised SiLU for f, the same symbol for phi and for the
+read, and takes all inner gradients of a chunk at its start, here in chunks of 16. `default` is the
+library's reading, and each row after `literal` changes one choice of it, first into the paper's,
+then into what else was tried; `own_map_of_queries` has more parameters, a twentieth at mini. None
+has a number in the paper. 125M parameters on the Pile, T = 2k: a run takes 1.7e18 FLOPs at the
+paper's scale.
 """
 
 import ml_collections
 
+from experiments.configs import default
 from experiments.configs.paper import base
 
 CONTEXT = 2048
@@ -21,6 +23,8 @@ CHOICES = {
   "qk_as_they_come": {"qk_norm": "none"},
   "v_as_they_come": {"v_norm": "none"},
   "v_silu": {"v_activation": "silu"},
+  "v_from_one_token": {"v_conv": False},
+  "alpha_from_one_token": {"alpha_conv": False},
   "phi_eps_1e-5": {"phi_eps": 1e-5},
   "f_l2_silu": {"f": "l2_silu"},
   "phi_l2_silu": {"phi": "l2_silu"},
@@ -33,16 +37,13 @@ TRIED = {
   "steps_up_to_2": {"step_scale": 2.0, "step_init": 1.0},
   "curvature_0.5": {"curvature": 0.5},
   "forget_from_0.9": {"forget_init": 0.9},
-  "forget_from_0.95": {"forget_init": 0.95},
+  "forget_from_0.98": {"forget_init": 0.98},
   "forget_from_0.998": {"forget_init": 0.998},
   "learned_first_memory": {"initial_memory": "learned"},
   "keys_from_the_present": {"conv_decay": 0.0},
   "own_map_of_queries": {"share_qk": False},
-  "values_convolved": {"v_conv": True},
-  "values_convolved_silu": {"v_conv": True, "v_activation": "silu"},
-  "values_convolved_eps_1": {"v_conv": True, "v_eps": 1.0},
-  "codes_convolved": {"alpha_conv": True},
-  "values_and_codes_convolved": {"v_conv": True, "v_eps": 1.0, "alpha_conv": True},
+  "values_of_length_1": {"v_eps": 1e-6},
+  "plain": default.PLAIN,
   "f_eps_1": {"eps": 1.0},
   "silu_gate_norm_by_head": {"gate": "silu", "post_norm": "head_rms"},
   "first_order": {"outer_gradient": 0.0},

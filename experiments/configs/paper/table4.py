@@ -11,11 +11,7 @@ of Books that a step has room for: 8k at mini, 32k at small; and there are state
 besides, of M = 32 and as many parameters. `trellis_m32` has memories as large as DeltaNet's, and
 `trellis_wide` those of Gated DeltaNet and its widths, keys of 3/4 and values of 3/2 of the model's;
 both in the default's chunks, which keep the memory at the chunk's start besides, and as the exact
-recurrence (C = 1), which keeps nothing else. `trellis_wide_forget` has a forget gate that starts at
-0.9 and not at 0.98, `trellis_wide_silu` SiLU on values, which Fig. 1 of the paper has,
-`trellis_wide_conv` a short convolution before it, as the delta rules have,
-`trellis_wide_conv_plain` the convolution alone, and `trellis_wide_conv_eps` the convolution and
-values of which little can be written, v / sqrt(|v|^2 + 1).
+recurrence (C = 1), which keeps nothing else. `matched.py` has what else was tried there.
 """
 
 import math
@@ -43,23 +39,18 @@ PUBLISHED = {
 }
 TOKENS = {"125m": 2.4e9, "350m": 7.5e9}
 # At the small scales, where heads are 64 wide. `wide` has Gated DeltaNet's keys and values.
-_WIDE = {"num_slots": 32, "head_dim": 48, "value_dim": 96}
+WIDE = {"num_slots": 32, "head_dim": 48, "value_dim": 96}
 MATCHED = {
   "trellis_m32": {"num_slots": 32},
   "trellis_m32_exact": {"num_slots": 32, "chunk_size": 1},
-  "trellis_wide": _WIDE,
-  "trellis_wide_exact": _WIDE | {"chunk_size": 1},
-  "trellis_wide_forget": _WIDE | {"forget_init": 0.9},
-  "trellis_wide_silu": _WIDE | {"v_activation": "silu"},
-  "trellis_wide_conv": _WIDE | {"v_conv": True, "v_activation": "silu"},
-  "trellis_wide_conv_plain": _WIDE | {"v_conv": True},
-  "trellis_wide_conv_eps": _WIDE | {"v_conv": True, "v_eps": 1.0},
+  "trellis_wide": WIDE,
+  "trellis_wide_exact": WIDE | {"chunk_size": 1},
 }
 
 
-def matched_mlp(scale: str, knobs: dict) -> int:
+def matched_mlp(name: str, knobs: dict) -> int:
   """The MLP's width that makes up for the columns which a Trellis has less or more than M = 64."""
-  size = base.SIZES[scale]
+  size = base.SIZES[name]
   keys, values = knobs.get("head_dim", 64), knobs.get("value_dim", 64)
   # Maps of queries and keys, alpha; of values, gate and output. A feature of SwiGLU has 3 columns.
   less = size.num_heads * ((64 - keys) + (64 - knobs["num_slots"]) + 3 * (64 - values))

@@ -43,7 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.model.trellis.num_slots = 16
   cfg.model.trellis.conv_decay = 0.0  # neighbouring channels have no order
   cfg.model.trellis.chunk_size = 7  # channels of the ETT files, a third of those of weather
-  cfg.model.trellis.curvature = 0.0  # as the lines were run, and so is the read
+  cfg.model.trellis.update(default.PLAIN)  # as the lines were run, and so are chunks and read
+  cfg.model.trellis.curvature = 0.0
   cfg.model.trellis.phi_out = "ln_silu"
 
   cfg.optim = base.optim  # the fields of experiments/configs/default.py, without its z_loss

@@ -9,6 +9,7 @@ it is named by; the inner step starts where that form of the chunk has it start.
 keep the memories' 2 n^2 floats.
 """
 
+from experiments.configs import default
 from experiments.configs.study import mqar_noise
 
 SEEDS = (0, 1, 2)
@@ -49,22 +50,25 @@ CHOICES = (
   # What is forgotten, and what a sequence starts from.
   {"forget": False},
   {"forget_init": 0.9},
+  {"forget_init": 0.98},
   {"forget_init": 0.998},
   {"initial_memory": "learned"},
   {"initial_memory": "learned", "memory_std": 0.25},
-  # Keys, queries and values.
+  # Keys, queries, values and codes.
   {"share_qk": False},
   {"conv_activation": "none"},
   {"conv_taps": 1},
   {"conv_decay": 0.0},
   {"qk_norm": "none"},
   {"v_norm": "none"},
-  {"v_eps": 1.0},
+  {"v_eps": 1e-6},
   {"v_activation": "silu"},
-  {"v_conv": True},
-  {"v_activation": "silu", "v_conv": True},
-  {"v_conv": True, "v_eps": 1.0},
-  {"alpha_conv": True},
+  {"v_conv": False},
+  {"alpha_conv": False},
+  default.PLAIN,
+  default.PLAIN | {"v_activation": "silu"},
+  default.PLAIN | {"v_conv": True},
+  default.PLAIN | {"v_conv": True, "v_activation": "silu"},
   # The path through the inner gradient, and after the read.
   {"outer_gradient": 0.0},
   {"gate": "silu"},

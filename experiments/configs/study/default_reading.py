@@ -4,14 +4,15 @@
 
 MQAR as in experiments/configs/mqar.py: 6 pairs after 20 blank tokens, T = 64, vocabulary 64,
 M = D = 32, 2 layers, width 64, 1,000 steps of 32 examples. "trellis" is the library's default,
-linearised chunks of 64, here one chunk, and also in chunks of 16; "stale" has all inner gradients
-of a chunk taken at its start, with a step that starts at 1 / C and not .5, and the read through
-LN-SiLU; C = 1 is the exact recurrence. "linear" has linear phi and layer-normed targets. Gated
-DeltaNet has the same shell, keys of 32 and values of 64; its convolutions start at the present
-token by default, Trellis's of keys at 2^-j.
+linearised chunks of 64, here one chunk, and also in chunks of 16. "plain" has no convolutions of
+values and codes, values of length 1 and forget gates from .98, and so has "stale", which has all
+inner gradients of a chunk taken at its start, a step that starts at 1 / C and not .5, and the read
+through LN-SiLU; C = 1 is the exact recurrence. "linear" has linear phi and layer-normed targets.
+Gated DeltaNet has the same shell, keys of 32 and values of 64; its convolutions start at the
+present token by default, Trellis's of keys at 2^-j.
 """
 
-from experiments.configs import mqar
+from experiments.configs import default, mqar
 
 SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = ()
@@ -19,6 +20,7 @@ COLUMNS = ("rate",)
 RATES = (1.5e-3, 3e-3, 6e-3)
 MODELS = {
   "trellis": ("trellis", {}),
+  "trellis plain": ("trellis", default.PLAIN),
   "trellis C=16": ("trellis", dict(chunk_size=16)),
   "trellis C=16 stale": ("trellis", mqar.STALE),
   "trellis C=1": ("trellis", dict(chunk_size=1)),

@@ -9,7 +9,7 @@ keys and values, and the number of slots where there are any. All have short con
 without which a recurrence that never forgets cannot tell which value came after which key.
 """
 
-from experiments.configs import mqar
+from experiments.configs import default, mqar
 from trellis_jax import mixers
 
 SEEDS = (0, 1, 2)
@@ -22,9 +22,10 @@ RATE, RATES = 5e-3, {"gla": (1e-2,)}  # of all, and more
 def knobs(mixer: str, size: int) -> dict:
   """The knobs of a mixer that make its memories `size` wide."""
   fields = mixers.get(mixer).Config.__dataclass_fields__
-  # The lines were run with convolutions that start at the present token.
+  # As the lines were run: keys start at the present token, Trellis's values have no convolution.
   wide = {"value_dim": size, "num_slots": size, "conv_taps": 4, "conv_decay": 0.0}
   wide["state_dim" if "state_dim" in fields else "head_dim"] = size
+  wide |= default.PLAIN if mixer == "trellis" else {}
   return {name: value for name, value in wide.items() if name in fields}
 
 

@@ -7,11 +7,12 @@ of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2
 Trellis n slots of keys and values n wide, for the rivals keys n and values 2 n wide. All have
 short convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others
 at the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
-chunk; the rows that name their C read through LN-SiLU. What C > 1 keeps beside the memories, those
-at the start of the chunk, is not counted.
+chunk; "plain" has no convolutions of values and codes, values of length 1 and forget gates from
+.98, and so have the rows that name their C, which read through LN-SiLU. What C > 1 keeps beside the
+memories, those at the start of the chunk, is not counted.
 """
 
-from experiments.configs import mqar
+from experiments.configs import default, mqar
 
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (3e-3, 6e-3)
@@ -24,8 +25,10 @@ def models(n: int):
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16 stale", "trellis", dict(slots, **mqar.STALE)
   yield "trellis", "trellis", slots
-  yield "trellis C=16 linearised", "trellis", dict(slots, chunk_size=16, phi_out="ln_silu")
-  yield "trellis C=1", "trellis", dict(slots, chunk_size=1, phi_out="ln_silu")
+  plain = slots | default.PLAIN
+  yield "trellis plain", "trellis", plain
+  yield "trellis C=16 linearised", "trellis", dict(plain, chunk_size=16, phi_out="ln_silu")
+  yield "trellis C=1", "trellis", dict(plain, chunk_size=1, phi_out="ln_silu")
   rival = dict(head_dim=n, value_dim=2 * n, conv_taps=4)
   yield "gated_delta_net", "gated_delta_net", rival
   yield "gated_delta_net conv_decay=0.5", "gated_delta_net", dict(rival, conv_decay=0.5)

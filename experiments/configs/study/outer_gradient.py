@@ -3,18 +3,19 @@
     python -m experiments.study outer_gradient
 
 MQAR as in experiments/configs/mqar.py, in the library's default, linearised chunks of 64, which is
-one chunk here, and in stale chunks of 16 with the read through LN-SiLU; ten seeds, 700 steps of 32
+one chunk here, without its convolutions of values and codes ("plain", see default_reading.py), and
+so in stale chunks of 16 with the read through LN-SiLU; ten seeds, 700 steps of 32
 examples at a learning rate of 3e-3. `rho` scales what the inner gradient's own derivative by the
 memory sends back; the path through the targets is whole for every rho.
 """
 
-from experiments.configs import mqar
+from experiments.configs import default, mqar
 
 SEEDS = tuple(range(10))
 LEARNING_RATES = ()
 COLUMNS = ("rho",)
 RHOS = (1.0, 0.5, 0.0)
-CHUNKS = {"trellis": {}, "trellis C=16 stale": mqar.STALE}
+CHUNKS = {"trellis": {}, "trellis plain": default.PLAIN, "trellis C=16 stale": mqar.STALE}
 
 
 def cells():
