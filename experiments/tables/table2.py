@@ -11,15 +11,18 @@ CLAIMED = ("no_forget", "linear_phi_f_ln_silu", "f_softmax")  # each costs perpl
 
 def notes(group: language.Group) -> list[str]:
   """Whether the ablations that cost perplexity in the paper do so here."""
-  base, said = group.mean(dict(row="trellis")), []
-  for name in CLAIMED:
-    value = group.mean(dict(row=name))
-    if base is None or value is None:
-      said.append(f"{name}: {page.NOT_RUN}.")
-      continue
-    word = "costs" if value > base else "does NOT cost"
-    there = table2.PUBLISHED[name] - table2.PUBLISHED["trellis"]
-    said.append(f"{name} {word} perplexity: {value - base:+.2f} (the paper: {there:+.2f}).")
+  said = []
+  for kind in ("", "plain_"):
+    base = group.mean(dict(row=f"{kind}trellis"))
+    for name in CLAIMED:
+      value = group.mean(dict(row=kind + name))
+      if base is None or value is None:
+        said.append(f"{kind}{name}: {page.NOT_RUN}.")
+        continue
+      word = "costs" if value > base else "does NOT cost"
+      there = table2.PUBLISHED[name] - table2.PUBLISHED["trellis"]
+      cost = f"{value - base:+.2f} (the paper: {there:+.2f})"
+      said.append(f"{kind}{name} {word} perplexity: {cost}.")
   return said
 
 

@@ -9,11 +9,13 @@ as linearised chunks of 64 tokens and no activation on the read. `exact` is C = 
 `stale_64` all inner gradients of a chunk are taken at its start; these two, `read_ln_silu` and
 `literal` have no number in the paper. The last is its text taken at its word (raw linear targets,
 writes as they come, eps 1e-5 in phi, L2-SiLU for f and on the read, stale chunks); readings.py has
-each of these choices alone.
+each of these choices alone. In rows named plain_ values and codes have no convolution, values have
+length 1 and forget gates start at .98.
 """
 
 import ml_collections
 
+from experiments.configs import default
 from experiments.configs.paper import base, readings
 
 CONTEXT = 2048
@@ -34,6 +36,11 @@ ROWS = {  # mixer, and its knobs where they are not the defaults
   "stale_64": ("trellis", {"chunk_size": 64, "curvature": 0.0}),
   "literal": ("trellis", readings.LITERAL),
 }
+PLAIN = (
+  *("trellis", "no_forget", "f_softmax", "linear_phi_f_ln_silu"),
+  *("exact", "read_ln_silu", "stale_16", "stale_64"),
+)
+ROWS |= {f"plain_{name}": ("trellis", default.PLAIN | ROWS[name][1]) for name in PLAIN}
 PUBLISHED = {
   "delta_net": 11.58,
   "ttt_linear": 11.44,
