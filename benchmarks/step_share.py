@@ -65,10 +65,10 @@ def moved_bytes() -> float:
   """Bytes a token moves in passes that are neither products nor the op.
 
   Arrays of bfloat16 in the forward, each read or written once and, in the backward, twice: two
-  norms (2 widths each), two convolutions with activation and l2 norm (2 each), v's norm and alpha's
-  activation (2 each), the read's norm and gate (3), SwiGLU's product (3 hidden widths). Of the
-  loss: fp32 logits written and read, their gradient written. Of AdamW: parameter and two moments
-  read and written and a gradient read, in fp32, shared by the chip's tokens.
+  norms (2 widths each), four convolutions with the activation and norm that follow (2 each), the
+  read's norm and gate (3), SwiGLU's product (3 hidden widths). Of the loss: fp32 logits written and
+  read, their gradient written. Of AdamW: parameter and two moments read and written and a gradient
+  read, in fp32, shared by the chip's tokens.
   """
   layer = 3 * 2 * ((4 + 4 + 4 + 3) * WIDTH + 3 * MLP)
   return LAYERS * layer + (4 + 4 + 2) * VOCAB + 28 * sum(weights().values()) / TOKENS

@@ -26,6 +26,7 @@ STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
 STYLES["trellis_wide"] = (plots.VERMILLION, "D")
 STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
+DASHES, AGAIN = ("-", "--", ":", "-."), "os^v"  # of models that share a colour
 
 
 class Point(NamedTuple):
@@ -53,27 +54,21 @@ def lines(
   with plots.style():
     figure = Figure(figsize=(5 * len(panels), 4.6))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    styles = _styles(panels)
     for ax, (name, models) in zip(axes, panels):
-      used = set()
       for model, points in models.items():
         if not points:
           continue
-        colour, marker = STYLES.get(model) or STYLES.get(model.split()[0], (plots.GREY, "."))
         x, mean, least, most = np.array(points, float).T
         bars = np.stack([mean - least, most - mean])
-        dashed = model in ("no_forget", *OTHERS) or colour in used
-        used |= set() if dashed else {colour}
         ax.errorbar(
           x,
           mean,
           bars if bars.any() else None,
           label=NAMES.get(model, model),
-          color=colour,
-          marker=marker,
-          markerfacecolor="white" if dashed else colour,
-          linestyle="--" if dashed else "-",
           markersize=5,
           capsize=2,
+          **styles[model],
         )
       ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
       ax.set_xscale("log")
@@ -86,6 +81,22 @@ def lines(
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
     figure.suptitle(textwrap.fill(title, 54 * len(panels)))
   return figure
+
+
+def _styles(panels: Sequence[Panel]) -> dict[str, dict]:
+  """The style of each model that is shown: of those of one colour the first is solid."""
+  found, used = {}, {}
+  for model in dict.fromkeys(m for _, models in panels for m, points in models.items() if points):
+    colour, marker = STYLES.get(model) or STYLES.get(model.split()[0], (plots.GREY, "."))
+    nth = used[colour] = used.get(colour, -1) + 1
+    nth = max(nth, int(model in ("no_forget", *OTHERS)))
+    found[model] = dict(
+      color=colour,
+      marker=marker if nth < 2 else AGAIN[nth % len(AGAIN)],
+      markerfacecolor="white" if nth else colour,
+      linestyle=DASHES[nth % len(DASHES)],
+    )
+  return found
 
 
 def short(x: float) -> str:
