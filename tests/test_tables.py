@@ -14,7 +14,7 @@ from experiments.configs import default as default_config
 from experiments.configs.paper import matched
 from experiments.evals import perplexity
 from experiments.tables import __main__ as tables
-from experiments.tables import language, page, run
+from experiments.tables import figures, language, page, run
 from experiments.tables import lines as lines_lib
 
 DOCS = provenance.ROOT / "docs" / "results"
@@ -160,6 +160,19 @@ def test_choices_stand_beside_gated_delta_net_and_the_default_of_table_4(tmp_pat
   ]
   names = [x.get_text() for x in built.figures["matched"].axes[0].get_yticklabels()]
   assert names == ["conv+eps", "plain", "the library's default", "Gated DeltaNet"]
+
+
+def test_models_of_one_colour_are_told_apart_and_alike_in_all_panels():
+  at = [figures.Point.of(x, [1.0, 2.0]) for x in (1, 2)]
+  kinds = ("trellis", "trellis plain", "trellis C=1")
+  panels = [("one", {"gsa": at, kinds[1]: at}), ("two", {k: at for k in kinds})]
+  one, two = figures.lines(panels, "title", "x").axes
+  style = lambda bar: (bar[0].get_color(), bar[0].get_linestyle(), bar[0].get_marker())
+  styles = lambda ax: {bar.get_label(): style(bar) for bar in ax.containers}
+  names = [language.NAMES.get(k, k) for k in kinds]
+  shown = [styles(two)[name] for name in names]
+  assert len({s[0] for s in shown}) == 1 and len({s[1:] for s in shown}) == 3
+  assert styles(one)[names[1]] == styles(two)[names[1]]
 
 
 def test_a_choice_sets_what_its_words_say():

@@ -37,6 +37,11 @@ class Point(NamedTuple):
   least: float
   most: float
 
+  @classmethod
+  def of(cls, x: float, values: Sequence[float]) -> "Point":
+    """The point of the values of some seeds."""
+    return cls(x, statistics.fmean(values), min(values), max(values))
+
 
 Panel = tuple[str, Mapping[str, Sequence[Point]]]  # title, points by model
 
@@ -141,7 +146,7 @@ def points(group: Group, x_of, keep=lambda labels: True) -> dict[str, list[Point
     values = group.values(row.labels)
     if values and keep(row.labels):
       x = x_of(row.labels, group.of(row.labels)[0])
-      point = Point(x, statistics.fmean(values), min(values), max(values))
+      point = Point.of(x, values)
       found.setdefault(row.labels["model"], []).append(point)
   return found
 

@@ -11,38 +11,27 @@ from experiments.tables import lines as lines_lib
 BESIDE = {"gated_delta_net": "Gated DeltaNet", "trellis_wide": "the library's default"}
 
 
-class Beside:
-  """Table 4's perplexities on a group's text and tokens."""
-
-  def __init__(self, lines: list[lines_lib.Line], group: language.Group):
-    same = {k: group.lines[0][k] for k in ("scale", "tokens", "corpus_digest")}
-    self.lines = lines_lib.select(lines, same)
-
-  def perplexities(self, model: str, context: int) -> list[float]:
-    """Those of a model at its best rate, by seed; [] unless all are finite."""
-    labels = {"model": model, "context": context}
-    found = lines_lib.best(lines_lib.select(self.lines, {"labels": labels}))
-    failed = any(line["failure"] for line in found)
-    return [] if failed else [line["test"]["perplexity"] for line in found]
-
-
-def by_choice(group: language.Group, beside: Beside) -> dict[int, dict[str, list[float]]]:
-  """Perplexities by length and by name, the rows of Table 4 first."""
+def by_choice(
+  group: language.Group, table4: list[lines_lib.Line]
+) -> dict[int, dict[str, list[float]]]:
+  """Perplexities by length and by name, Table 4's on the same text and tokens first."""
+  same = {k: group.lines[0][k] for k in ("scale", "tokens", "corpus_digest")}
+  beside = language.Group(group.scale, [], lines_lib.select(table4, same))
   found = {}
   for row in group.rows:
     choice, context = row.labels.values()
     if context not in found:
-      of_table4 = {name: beside.perplexities(m, context) for m, name in BESIDE.items()}
-      found[context] = {name: values for name, values in of_table4.items() if values}
+      theirs = {n: beside.values(dict(model=m, context=context)) for m, n in BESIDE.items()}
+      found[context] = {name: values for name, values in theirs.items() if values}
     if values := group.values(row.labels):
       found[context][choice] = values
   return found
 
 
-def notes(group: language.Group, beside: Beside) -> list[str]:
+def notes(group: language.Group, table4: list[lines_lib.Line]) -> list[str]:
   """Each choice's distance from Gated DeltaNet."""
   said, rival = [], BESIDE["gated_delta_net"]
-  for context, values in by_choice(group, beside).items():
+  for context, values in by_choice(group, table4).items():
     theirs = values.pop(rival, None)
     if not (theirs and values):
       continue
@@ -55,13 +44,12 @@ def notes(group: language.Group, beside: Beside) -> list[str]:
   return said
 
 
-def plot(found: list[language.Group], lines: list[lines_lib.Line]):
+def plot(found: list[language.Group], table4: list[lines_lib.Line]):
   """A dot for each choice, a panel for each length that was run."""
-  point = lambda values: figures.Point(0, statistics.fmean(values), min(values), max(values))
   panels = []
   for group in found:
-    for context, values in by_choice(group, Beside(lines, group)).items():
-      points = {name: point(v) for name, v in values.items()}
+    for context, values in by_choice(group, table4).items():
+      points = {name: figures.Point.of(0, v) for name, v in values.items()}
       panels.append((f"T = {context}", points))
   title = "In Gated DeltaNet's memory; " + "; ".join(group.title for group in found)
   ours = BESIDE["trellis_wide"]
@@ -75,7 +63,7 @@ def build(results: pathlib.Path) -> page.Page:
     "matched",
     "Trellis in Gated DeltaNet's memory, choice by choice",
     language.read(results, "matched"),
-    notes=lambda group: notes(group, Beside(table4, group)),
+    notes=lambda group: notes(group, table4),
     figures=lambda found: plot(found, table4),
   )
 

@@ -1,7 +1,6 @@
 """Multi-query associative recall, which the paper does not report: the studies and their curves."""
 
 import pathlib
-import statistics
 
 from matplotlib.figure import Figure
 
@@ -43,7 +42,7 @@ def curves(heading: str, lines: list[lines_lib.Line], cells: list[dict]) -> Figu
     of = study.best_rate(lines_lib.select(lines, {"labels": labels}))
     values = [line["accuracy"] or 0.0 for line in of]  # of a lost replica 0, as in the table
     size = labels.get("n", of[0]["floats_of_state"])
-    point = figures.Point(size, statistics.fmean(values), min(values), max(values))
+    point = figures.Point.of(size, values)
     model = next(iter(labels.values()))
     panels.setdefault(labels["pairs"], {}).setdefault(model, []).append(point)
   shown = [(f"{pairs} pairs", models) for pairs, models in sorted(panels.items())]

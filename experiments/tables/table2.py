@@ -1,7 +1,6 @@
 """Table 2: what each part of Trellis is worth."""
 
 import pathlib
-import statistics
 
 from experiments.configs.paper import table2
 from experiments.tables import figures, language, page
@@ -28,11 +27,12 @@ def notes(group: language.Group) -> list[str]:
 
 def plot(found: list[language.Group]):
   """A dot for each row, the paper's and each of our groups."""
-  point = lambda values: figures.Point(0, statistics.fmean(values), min(values), max(values))
-  panels = [("the paper: 125M, Pile", {n: point([v]) for n, v in table2.PUBLISHED.items()})]
+  panels = [
+    ("the paper: 125M, Pile", {n: figures.Point.of(0, [v]) for n, v in table2.PUBLISHED.items()})
+  ]
   for group in found:
     values = {row.labels["row"]: group.values(row.labels) for row in group.rows}
-    panels.append((group.title, {name: point(v) for name, v in values.items() if v}))
+    panels.append((group.title, {name: figures.Point.of(0, v) for name, v in values.items() if v}))
   return {"table2": figures.dots(panels, "Ablations", "perplexity")}
 
 
