@@ -4,12 +4,13 @@
 
 MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
 of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
-Trellis n slots of keys and values n wide, for the rivals keys n and values 2 n wide. All have
-short convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others
-at the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
-chunk; "plain" has no convolutions of values and codes, values of length 1 and forget gates from
-.98, and so have the rows that name their C, which read through LN-SiLU. What C > 1 keeps beside the
-memories, those at the start of the chunk, is not counted.
+Trellis n slots of keys and values n wide, or n / 2 slots of keys and values 2 n wide ("M=n/2"), for
+the rivals keys n and values 2 n wide. All have short convolutions of 4 taps: without `conv_decay`
+those of Trellis's keys start at 2^-j, all others at the present token alone. "trellis" is the
+library's default, linearised chunks of 64, here one chunk; "plain" has no convolutions of values
+and codes, values of length 1 and forget gates from .98, and so have the rows that name their C,
+which read through LN-SiLU. What C > 1 keeps beside the memories, those at the start of the chunk,
+is not counted.
 """
 
 from experiments.configs import default, mqar
@@ -25,6 +26,8 @@ def models(n: int):
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16 stale", "trellis", dict(slots, **mqar.STALE)
   yield "trellis", "trellis", slots
+  wide = dict(num_slots=n // 2, head_dim=2 * n, value_dim=2 * n, conv_taps=4)
+  yield "trellis M=n/2", "trellis", wide
   plain = slots | default.PLAIN
   yield "trellis plain", "trellis", plain
   yield "trellis C=16 linearised", "trellis", dict(plain, chunk_size=16, phi_out="ln_silu")
