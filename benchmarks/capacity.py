@@ -66,7 +66,7 @@ def pairs(rows: int, n: int, shape: tuple[int, int, int], seed: int = 0) -> Pair
 @functools.partial(jax.jit, static_argnames="c")
 def two_passes(c: Config, x: Pairs, step: float) -> tuple[jax.Array, jax.Array]:
   """Returns the shares of codes and of values that are right, with the exact recurrence."""
-  values, codes = nn.unit(x.values), targets(c, x.codes)
+  values, codes = nn.unit(x.values, c.v_eps), targets(c, x.codes)
   head = lambda y: y[:, :, None]
   gates = jnp.ones((*x.keys.shape[:2], 1))
   knobs = dict(phi=c.phi, phi_eps=c.phi_eps, f=c.f, phi_out=c.phi_out, eps=c.eps, chunk_size=1)
