@@ -123,10 +123,11 @@ def test_an_ablation_changes_what_its_label_says_and_nothing_else(scale):
     "read_ln_silu": {"phi_out": "ln_silu"},
     "stale_16": {"chunk_size": 16, "curvature": 0.0},
     "stale_64": {"curvature": 0.0},
+    "stale_64_half": {"curvature": 0.0, "step_init": 0.5},
   }
   plain = {name for name in rows if name.startswith("plain_")}
   assert set(one) | {"delta_net", "ttt_linear", "trellis", "literal"} | plain == set(rows)
-  ours = {"read_ln_silu", "stale_16", "stale_64", "literal"} | plain
+  ours = {"read_ln_silu", "stale_16", "stale_64", "stale_64_half", "literal"} | plain
   assert set(table2.PUBLISHED) == set(rows) - ours
   for name in plain:
     want = rows[name.removeprefix("plain_")].model.trellis.to_dict() | default.PLAIN

@@ -186,14 +186,24 @@ def test_a_choice_sets_what_its_words_say():
   assert set("+".join(matched.CHOICES).split("+")) == {"plain", *words}
 
 
-def test_ablations_say_what_they_cost(tmp_path):
+def test_ablations_say_what_they_cost_over_the_seeds_they_share_and_chunks_what_they_lose(tmp_path):
   rows = rows_of("table2")
-  losses = {"trellis": 5, "no_forget": 5.5, "f_softmax": 4.75}
-  save(tmp_path / "lm" / "table2.jsonl", [line(rows[(n,)], "mini", x) for n, x in losses.items()])
+  losses = {"trellis": 5, "no_forget": 5.5, "f_softmax": 4.75, "exact": 4.5, "stale_64": 6}
+  lines = [line(rows[(n,)], "mini", x) for n, x in losses.items()]
+  lines += [
+    line(rows[("trellis",)], "mini", 7, seed=1),
+    line(rows[("no_forget",)], "mini", 7.25, seed=1),
+  ]
+  save(tmp_path / "lm" / "table2.jsonl", lines)
   text = text_of("table2", tmp_path)
-  assert "* no_forget costs perplexity: +0.50 (the paper: +0.41)." in text
-  assert "* f_softmax does NOT cost perplexity: -0.25 (the paper: +0.42)." in text
+  cost = "no_forget costs perplexity: +0.38 (+0.50, +0.25 by seed) (the paper: +0.41), 2 seeds."
+  assert f"* {cost}" in text
+  assert "* f_softmax does NOT cost perplexity: -0.25 (the paper: +0.42), one seed." in text
   assert "* linear_phi_f_ln_silu: not run." in text
+  # log 5 / log 4.5, log 6 / log 4.5.
+  assert "* trellis: 1.609 nats, +7.0% of the 1.504 of C = 1, one seed." in text
+  assert "* stale_64: 1.792 nats, +19.1% of the 1.504 of C = 1, one seed." in text
+  assert "stale_16:" not in text
 
 
 @pytest.mark.parametrize("name", ["fig2", "fig3", "readings"])

@@ -55,6 +55,11 @@ class Group:
     values = self.values(labels)
     return statistics.fmean(values) if values else None
 
+  def beside(self, labels: Labels, other: Labels) -> dict[int, tuple[float, float]]:
+    """The perplexities of two rows by seed, of the seeds that both were run with."""
+    mine, theirs = self.by_seed(labels), self.by_seed(other)
+    return {seed: (mine[seed], theirs[seed]) for seed in sorted(set(mine) & set(theirs))}
+
   def cell(self, labels: Labels) -> str:
     """A row's cell: mean and range over seeds, or why there is none."""
     if any(line["failure"] for line in self.of(labels)):
@@ -95,6 +100,17 @@ def groups(name: str, rows: Callable[[str], Iterable[base.Row]], lines) -> list[
       by_key.setdefault((asked, line["corpus"], line["corpus_digest"]), []).append(line)
     found += [Group(scale, of_scale, by_key[key]) for key in sorted(by_key)]
   return found
+
+
+def by_seed(differences: Iterable[float]) -> str:
+  """Differences of single seeds in brackets; "" for one seed, which the mean says already."""
+  shown = [f"{x:+.2f}" for x in differences]
+  return f" ({', '.join(shown)} by seed)" if len(shown) > 1 else ""
+
+
+def seeds(count: int) -> str:
+  """How many seeds a difference is of."""
+  return "one seed" if count == 1 else f"{count} seeds"
 
 
 def split(labels: Labels) -> tuple[str, str]:

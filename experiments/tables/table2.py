@@ -1,28 +1,50 @@
 """Table 2: what each part of Trellis is worth."""
 
+import math
 import pathlib
+import statistics
 
 from experiments.configs.paper import table2
 from experiments.tables import figures, language, page
 
 CLAIMED = ("no_forget", "linear_phi_f_ln_silu", "f_softmax")  # each costs perplexity in the paper
+STALE = ("stale_16", "stale_64", "stale_64_half")  # in chunks, as `trellis` is, beside `exact`
 
 
 def notes(group: language.Group) -> list[str]:
-  """Whether the ablations that cost perplexity in the paper do so here."""
+  """What the ablations cost that cost perplexity in the paper, and what chunks do."""
   said = []
   for kind in ("", "plain_"):
-    base = group.mean(dict(row=f"{kind}trellis"))
-    for name in CLAIMED:
-      value = group.mean(dict(row=kind + name))
-      if base is None or value is None:
-        said.append(f"{kind}{name}: {page.NOT_RUN}.")
-        continue
-      word = "costs" if value > base else "does NOT cost"
-      there = table2.PUBLISHED[name] - table2.PUBLISHED["trellis"]
-      cost = f"{value - base:+.2f} (the paper: {there:+.2f})"
-      said.append(f"{kind}{name} {word} perplexity: {cost}.")
-  return said
+    said += [_cost(group, kind, name) for name in CLAIMED]
+  for kind in ("", "plain_"):
+    said += [_chunks(group, kind, name) for name in ("trellis", *STALE)]
+  return list(filter(None, said))
+
+
+def _cost(group: language.Group, kind: str, name: str) -> str:
+  """An ablation beside Trellis, over the seeds that both were run with."""
+  both = group.beside(dict(row=kind + name), dict(row=f"{kind}trellis")).values()
+  if not both:
+    return f"{kind}{name}: {page.NOT_RUN}."
+  costs = [without - whole for without, whole in both]
+  cost = statistics.fmean(costs)
+  there = table2.PUBLISHED[name] - table2.PUBLISHED["trellis"]
+  return (
+    f"{kind}{name} {'costs' if cost > 0 else 'does NOT cost'} perplexity: {cost:+.2f}"
+    f"{language.by_seed(costs)} (the paper: {there:+.2f}), {language.seeds(len(both))}."
+  )
+
+
+def _chunks(group: language.Group, kind: str, name: str) -> str:
+  """A form of the chunk beside the exact recurrence, in the loss; "" for what was not run."""
+  both = group.beside(dict(row=kind + name), dict(row=f"{kind}exact")).values()
+  if not both:
+    return ""
+  mine, exact = (statistics.fmean(map(math.log, values)) for values in zip(*both))
+  return (
+    f"{kind}{name}: {mine:.3f} nats, {mine / exact - 1:+.1%} of the {exact:.3f} of C = 1, "
+    f"{language.seeds(len(both))}."
+  )
 
 
 def plot(found: list[language.Group]):

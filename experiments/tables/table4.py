@@ -22,19 +22,17 @@ def _beside_rival(group: language.Group, model: str) -> list[str]:
   said, gaps, name = [], {}, language.NAMES[model]
   books = dict(zip(table4.BOOKS, zip(table4.PUBLISHED[RIVAL][2:], table4.PUBLISHED[OURS][2:])))
   for context in dict.fromkeys(row.labels["context"] for row in group.rows):
-    mine, theirs = (group.by_seed(dict(model=m, context=context)) for m in (model, RIVAL))
-    seeds = sorted(set(mine) & set(theirs))
-    if not seeds:
+    both = group.beside(*(dict(model=m, context=context) for m in (model, RIVAL))).values()
+    if not both:
       continue
-    here, there = (statistics.fmean(of[seed] for seed in seeds) for of in (mine, theirs))
+    here, there = map(statistics.fmean, zip(*both))
     gaps[context], (rival, ours) = there - here, books[context]
-    by_seed = ", ".join(f"{theirs[seed] - mine[seed]:+.2f}" for seed in seeds)
-    by_seed = f" ({by_seed} by seed)" if len(seeds) > 1 else ""
+    by_seed = language.by_seed(theirs - mine for mine, theirs in both)
     paper = f" (the paper, Books at 125M: {rival - ours:+.2f})" if model == OURS else ""
     said.append(
       f"T = {context}: {name} {here:.2f} is {'below' if here < there else 'NOT below'} Gated "
       f"DeltaNet {there:.2f}, gap {gaps[context]:+.2f}{by_seed}{paper}, "
-      f"{'one seed' if len(seeds) == 1 else f'{len(seeds)} seeds'}."
+      f"{language.seeds(len(both))}."
     )
   if len(gaps) > 1:
     first, last = min(gaps), max(gaps)

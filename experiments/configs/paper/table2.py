@@ -5,8 +5,9 @@
 
 The paper has Trellis at 10.87, without the forget gate at 11.28, with linear phi at 11.65. A run
 takes 1.7e18 FLOPs. Rows have the library's defaults where their name does not say otherwise, such
-as linearised chunks of 64 tokens and no activation on the read. `exact` is C = 1. In `stale_16` and
-`stale_64` all inner gradients of a chunk are taken at its start; these two, `read_ln_silu` and
+as linearised chunks of 64 tokens and no activation on the read. `exact` is C = 1. In the stale rows
+all inner gradients of a chunk are taken at its start; steps start at 1 / C there, but in
+`stale_64_half` at 1/2, as they do in linearised chunks. The stale rows, `read_ln_silu` and
 `literal` have no number in the paper. The last is its text taken at its word (raw linear targets,
 writes as they come, eps 1e-5 in phi, L2-SiLU for f and on the read, stale chunks); readings.py has
 each of these choices alone. In rows named plain_ values and codes have no convolution, values have
@@ -34,6 +35,7 @@ ROWS = {  # mixer, and its knobs where they are not the defaults
   "read_ln_silu": ("trellis", {"phi_out": "ln_silu"}),
   "stale_16": ("trellis", {"chunk_size": 16, "curvature": 0.0}),
   "stale_64": ("trellis", {"chunk_size": 64, "curvature": 0.0}),
+  "stale_64_half": ("trellis", {"chunk_size": 64, "curvature": 0.0, "step_init": 0.5}),
   "literal": ("trellis", readings.LITERAL),
 }
 PLAIN = (
