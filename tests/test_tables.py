@@ -12,9 +12,10 @@ import pytest
 from experiments import provenance
 from experiments.configs import default as default_config
 from experiments.configs.paper import matched
+from experiments.configs.study import mqar_noise
 from experiments.evals import perplexity
 from experiments.tables import __main__ as tables
-from experiments.tables import figures, language, page, run
+from experiments.tables import figures, language, page, run, solutions
 from experiments.tables import lines as lines_lib
 
 DOCS = provenance.ROOT / "docs" / "results"
@@ -255,6 +256,26 @@ def test_a_study_with_traces_shows_how_its_models_learn(tmp_path):
   shown = lambda ax: [list(line.get_ydata()) for line in ax.lines]
   assert shown(axes[0]) == [[0.1, 0.0], [0.1, 0.0], [0.1, 0.5], [0.1, 0.5]]
   assert shown(axes[2]) == [[0, 0.0], [1, 0.0], [0, 0.5], [1, 0.5]]
+
+
+def test_where_runs_ended_is_shown_of_all_that_are_not_stale(tmp_path):
+  cells = {tuple(labels.values()): (labels, cfg) for labels, cfg in mqar_noise.cells()}
+  lines = []
+  for i, model in enumerate(("trellis C=16 stale", "trellis", "trellis C=1", "mamba2")):
+    labels, cfg = cells[model, 4, 8]
+    traces = {"step_size": [[9, 9], [8, i / 4]], "rank_key": [[9, 9], [9, i]]}
+    settings = json.loads(cfg.to_json_best_effort())
+    of_trellis = model.startswith("trellis")
+    lines.append(
+      {"labels": labels, "settings": settings, "accuracy": i / 8, "traces": of_trellis and traces}
+    )
+  figure = solutions.scatter("x", lines, [line["labels"] for line in lines])
+  panel, colours = figure.axes[0], figure.axes[1]
+  dots = panel.collections[0]
+  np.testing.assert_allclose(dots.get_offsets(), [[0.25, 0.125], [0.5, 0.25]])
+  np.testing.assert_allclose(dots.get_array(), [1 / 8, 2 / 8])  # keys are 8 wide
+  assert panel.get_title() == "n 8" and "rank" in colours.get_ylabel()
+  assert solutions.scatter("x", lines[-1:], [lines[-1]["labels"]]) is None
 
 
 def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):

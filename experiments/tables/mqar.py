@@ -5,7 +5,7 @@ import pathlib
 from matplotlib.figure import Figure
 
 from experiments import study
-from experiments.tables import figures, learning, page
+from experiments.tables import figures, learning, page, solutions
 from experiments.tables import lines as lines_lib
 
 FIELDS = ("labels", "seed", "peak_lr", "accuracy", "onset", "floats_of_state", "revision")
@@ -26,6 +26,8 @@ def build(results: pathlib.Path) -> page.Page:
       shown[name] = curves(heading, lines, have)
     if have and {"pairs", "n"} <= cells[0].keys():
       shown[f"{name}_steps"] = learning.grid(heading, lines, have, "pairs", "n")
+      if figure := solutions.scatter(heading, lines, have):
+        shown[f"{name}_solutions"] = figure
     if have and hasattr(module, "TRACES"):
       shown[name] = learning.curves(heading, lines, have, module.TRACES)
   status = "; ".join(names) or page.NOT_RUN
