@@ -35,6 +35,7 @@ CHOICES = (
   # Steps, and what follows them inside a chunk. Stale steps of up to 2 / C cannot overshoot.
   {"step_init": 0.125},
   {"step_init": 0.0625},
+  {"step_scale": 0.5, "step_init": 0.25},
   {"step_scale": 2.0, "step_init": 1.0},
   {"step_form": "softplus"},
   {"step_form": "constant"},
