@@ -7,10 +7,10 @@ of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2
 Trellis n slots of keys and values n wide, or n / 2 slots of keys and values 2 n wide ("M=n/2"), for
 the rivals keys n and values 2 n wide. All have short convolutions of 4 taps: without `conv_decay`
 those of Trellis's keys start at 2^-j, all others at the present token alone. "trellis" is the
-library's default, linearised chunks of 64, here one chunk; "plain" has no convolutions of values
-and codes, values of length 1 and forget gates from .98, and so have the rows that name their C,
-which read through LN-SiLU. What C > 1 keeps beside the memories, those at the start of the chunk,
-is not counted.
+library's default, linearised chunks of 64, here one chunk; "g<1/2" bounds its steps, which start
+at 1/4 then; "plain" has no convolutions of values and codes, values of length 1 and forget gates
+from .98, and so have the rows that name their C, which read through LN-SiLU. What C > 1 keeps
+beside the memories, those at the start of the chunk, is not counted.
 """
 
 from experiments.configs import default, mqar
@@ -28,6 +28,7 @@ def models(n: int):
   yield "trellis", "trellis", slots
   wide = dict(num_slots=n // 2, head_dim=2 * n, value_dim=2 * n, conv_taps=4)
   yield "trellis M=n/2", "trellis", wide
+  yield "trellis M=n/2 g<1/2", "trellis", dict(wide, step_scale=0.5, step_init=0.25)
   plain = slots | default.PLAIN
   yield "trellis plain", "trellis", plain
   yield "trellis C=16 linearised", "trellis", dict(plain, chunk_size=16, phi_out="ln_silu")
