@@ -15,6 +15,7 @@ values of length 1, and forget gates from 0.98; a row's words are what it has be
     head      an RMS norm of each head and a SiLU gate, as Gated DeltaNet has them
     linear    linear phi, and layer-normed codes as targets
     fid       no f between the passes
+    half      inner steps below 1/2, from 1/4
     exact     C = 1
 
 The library's default is what these words would call conv+eps+codes+f95; its rows are `trellis_wide`
@@ -38,13 +39,14 @@ WORDS = {
   "head": {"post_norm": "head_rms", "gate": "silu"},
   "linear": {"phi": "identity", "target": "layer_norm"},
   "fid": {"f": "identity"},
+  "half": {"step_scale": 0.5, "step_init": 0.25},
   "exact": {"chunk_size": 1},
 }
 CHOICES = (
   *("plain", "exact", "f90", "silu", "conv", "conv+silu"),
   *("conv+eps", "conv+silu+eps", "conv+silu+codes", "conv+eps+codes"),
   *("silu+eps+codes", "conv+silu+eps+codes"),
-  *("conv+silu+f95", "conv+silu+eps+codes+f95"),
+  *("conv+silu+f95", "conv+silu+eps+codes+f95", "conv+eps+codes+f95+half"),
   *("conv+silu+head", "conv+silu+eps+codes+head", "conv+silu+linear", "conv+silu+fid"),
 )
 
