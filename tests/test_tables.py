@@ -263,7 +263,8 @@ def test_where_runs_ended_is_shown_of_all_that_are_not_stale(tmp_path):
   lines = []
   for i, model in enumerate(("trellis C=16 stale", "trellis", "trellis C=1", "mamba2")):
     labels, cfg = cells[model, 4, 8]
-    traces = {"step_size": [[9, 9], [8, i / 4]], "rank_key": [[9, 9], [9, i]]}
+    traces = {"step_size": [[9, 9], [8, i / 2]], "rank_key": [[9, 9], [9, i]]}
+    traces |= {"binding": [[9, i]], "higher_order": [[9, i]]}
     settings = json.loads(cfg.to_json_best_effort())
     of_trellis = model.startswith("trellis")
     lines.append(
@@ -272,10 +273,14 @@ def test_where_runs_ended_is_shown_of_all_that_are_not_stale(tmp_path):
   figure = solutions.scatter("x", lines, [line["labels"] for line in lines])
   panel, colours = figure.axes[0], figure.axes[1]
   dots = panel.collections[0]
-  np.testing.assert_allclose(dots.get_offsets(), [[0.25, 0.125], [0.5, 0.25]])
+  np.testing.assert_allclose(dots.get_offsets(), [[0.5, 0.125], [1, 0.25]])
   np.testing.assert_allclose(dots.get_array(), [1 / 8, 2 / 8])  # keys are 8 wide
   assert panel.get_title() == "n 8" and "rank" in colours.get_ylabel()
   assert solutions.scatter("x", lines[-1:], [lines[-1]["labels"]]) is None
+  text = solutions.table([*lines, lines[1] | {"accuracy": 1.0}], [line["labels"] for line in lines])
+  small, large = ([x.strip() for x in row.split("|")[1:-1]] for row in text.splitlines()[2:])
+  assert small[:5] == ["8", "4", "2", "0.50 to 0.50", "0.12 to 1.00"]
+  assert large[2:] == ["1", "1.00 to 1.00", *["0.25 to 0.25"] * 2, *["2.00 to 2.00"] * 2]
 
 
 def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):

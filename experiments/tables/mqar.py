@@ -8,6 +8,10 @@ from experiments import study
 from experiments.tables import figures, learning, page, solutions
 from experiments.tables import lines as lines_lib
 
+SOLUTIONS = """\
+Where runs of Trellis ended, those of stale chunks left out: models, learning rates and seeds
+together, least to most, by whether the step of the last layer is large. Step, keys, binding and
+higher-order path are those of that layer (experiments/traces.py)."""
 FIELDS = ("labels", "seed", "peak_lr", "accuracy", "onset", "floats_of_state", "revision")
 
 
@@ -28,6 +32,7 @@ def build(results: pathlib.Path) -> page.Page:
       shown[f"{name}_steps"] = learning.grid(heading, lines, have, "pairs", "n")
       if figure := solutions.scatter(heading, lines, have):
         shown[f"{name}_solutions"] = figure
+        parts += [SOLUTIONS, solutions.table(lines, have)]
     if have and hasattr(module, "TRACES"):
       shown[name] = learning.curves(heading, lines, have, module.TRACES)
   status = "; ".join(names) or page.NOT_RUN

@@ -1,11 +1,17 @@
-"""Which solution each run of a study ended in: accuracy by the step and the rank of the keys."""
+"""Which of two solutions each run of a study ended in, by its last layer's step and keys.
+
+Step, rank, binding and the higher-order share are those of the last layer at the end of a run,
+means over a batch (experiments/traces.py).
+"""
 
 from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.tables import lines as lines_lib
+from experiments.tables import page
 
 MARKERS = "os^Dv"
+LARGE = 0.8  # a step; between 2/3 and 0.9 no run has ended
 
 
 def exact(line: lines_lib.Line) -> bool:
@@ -16,23 +22,57 @@ def exact(line: lines_lib.Line) -> bool:
   return knobs["curvature"] > 0 or knobs["chunk_size"] == 1
 
 
+def kept(lines: list[lines_lib.Line], cells: list[dict]) -> list[lines_lib.Line]:
+  """The lines of `cells`, labels of settings, that are `exact`."""
+  return [
+    line for labels in cells for line in lines_lib.select(lines, {"labels": labels}) if exact(line)
+  ]
+
+
+def last(line: lines_lib.Line, name: str) -> float:
+  """A trace of the last layer at the end of a run."""
+  return line["traces"][name][-1][-1]
+
+
+def rank(line: lines_lib.Line) -> float:
+  """The effective rank of the keys over their width."""
+  return last(line, "rank_key") / line["settings"]["model"]["trellis"]["head_dim"]
+
+
+def table(lines: list[lines_lib.Line], cells: list[dict]) -> str:
+  """Both solutions of each setting, least to most over runs; "" where no run has traces."""
+  have = kept(lines, cells)
+  body = []
+  places = sorted({(line["labels"]["n"], line["labels"]["pairs"]) for line in have})
+  for n, pairs in places:
+    at = [x for x in have if {"n": n, "pairs": pairs}.items() <= x["labels"].items()]
+    for large in (False, True):
+      of = [line for line in at if (last(line, "step_size") > LARGE) == large]
+      spans = (
+        [last(line, "step_size") for line in of],
+        [line["accuracy"] or 0.0 for line in of],
+        [rank(line) for line in of],
+        [last(line, "binding") for line in of],
+        [last(line, "higher_order") for line in of],
+      )
+      if of:
+        body.append([n, pairs, len(of), *(f"{min(x):.2f} to {max(x):.2f}" for x in spans)])
+  columns = ["n", "pairs", "runs", "step", "accuracy", "rank of keys, of their width", "binding"]
+  return page.table(body, [*columns, "higher order"]) if body else ""
+
+
 def scatter(heading: str, lines: list[lines_lib.Line], cells: list[dict]) -> Figure | None:
   """A dot for each run at its end, a panel for each size, None where no run has traces.
-
-  Step and rank are those of the last layer, means over a batch (experiments/traces.py).
 
   Args:
     heading: the title.
     lines: of a study over `pairs` and `n`.
     cells: the labels of the settings to show.
   """
-  have = [line for labels in cells for line in lines_lib.select(lines, {"labels": labels})]
-  have = [line for line in have if exact(line)]
+  have = kept(lines, cells)
   if not have:
     return None
   values = lambda name: sorted({line["labels"][name] for line in have})
-  last = lambda line, name: line["traces"][name][-1][-1]
-  share = lambda line: last(line, "rank_key") / line["settings"]["model"]["trellis"]["head_dim"]
   with plots.style():
     figure = Figure(figsize=(4.2 * len(values("n")) + 1.2, 4.2))
     axes = figure.subplots(1, len(values("n")), squeeze=False)[0]
@@ -43,7 +83,7 @@ def scatter(heading: str, lines: list[lines_lib.Line], cells: list[dict]) -> Fig
         shown = ax.scatter(
           [last(line, "step_size") for line in of],
           [line["accuracy"] or 0.0 for line in of],
-          c=[share(line) for line in of],
+          c=[rank(line) for line in of],
           marker=marker,
           vmin=0,
           vmax=1,
