@@ -165,15 +165,23 @@ def test_choices_stand_beside_gated_delta_net_and_the_default_of_table_4(tmp_pat
 
 def test_models_of_one_colour_are_told_apart_and_alike_in_all_panels():
   at = [figures.Point.of(x, [1.0, 2.0]) for x in (1, 2)]
-  kinds = ("trellis", "trellis plain", "trellis C=1")
+  kinds = ("trellis", "trellis plain", *(f"trellis {i}" for i in range(8)))
   panels = [("one", {"gsa": at, kinds[1]: at}), ("two", {k: at for k in kinds})]
   one, two = figures.lines(panels, "title", "x").axes
   style = lambda bar: (bar[0].get_color(), bar[0].get_linestyle(), bar[0].get_marker())
   styles = lambda ax: {bar.get_label(): style(bar) for bar in ax.containers}
   names = [language.NAMES.get(k, k) for k in kinds]
   shown = [styles(two)[name] for name in names]
-  assert len({s[0] for s in shown}) == 1 and len({s[1:] for s in shown}) == 3
+  assert len({s[0] for s in shown}) == 1 and len({s[1:] for s in shown}) == 10
   assert styles(one)[names[1]] == styles(two)[names[1]]
+
+
+def test_a_row_that_is_far_behind_leaves_the_others_their_room():
+  values = {"trellis": [10.0, 11.0], "near": [15.0], "far": [98.545]}
+  points = {name: figures.Point.of(0, of) for name, of in values.items()}
+  (ax,) = figures.dots([("one", points)], "title", "x").axes
+  assert [text.get_text().strip() for text in ax.texts] == ["98.55"]
+  assert 15 <= ax.get_xlim()[1] < 16
 
 
 def test_a_choice_sets_what_its_words_say():

@@ -28,6 +28,8 @@ STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 DASHES, AGAIN = ("-", "--", ":", "-."), "os^v"  # of models that share a colour
 
+FAR = 1.6
+
 
 class Point(NamedTuple):
   """A point of a line: where, the mean, and the least and most over seeds."""
@@ -97,7 +99,7 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict]:
     nth = max(nth, int(model in ("no_forget", *OTHERS)))
     found[model] = dict(
       color=colour,
-      marker=marker if nth < 2 else AGAIN[nth % len(AGAIN)],
+      marker=marker if nth < 2 else AGAIN[(nth + nth // len(DASHES)) % len(AGAIN)],
       markerfacecolor="white" if nth else colour,
       linestyle=DASHES[nth % len(DASHES)],
     )
@@ -115,19 +117,28 @@ def dots(
   xlabel: str,
   ours: str = "trellis",
 ) -> Figure:
-  """A panel beside the other, a row for each name with a point in it, in the same order."""
+  """A panel beside the other, a row for each name with a point in it, in the same order.
+
+  A row that is far behind, by a factor FAR of the least, is an arrow at the edge with its number.
+  """
   names = list(dict.fromkeys(name for _, points in panels for name in points))[::-1]
   with plots.style():
     figure = Figure(figsize=(2.2 + 3.6 * len(panels), 0.9 + 0.32 * len(names)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, (name, points) in zip(axes, panels):
+      bound = FAR * min(point.mean for point in points.values())
+      edge = max(point.most for point in points.values() if point.mean <= bound)
       for row, (_, mean, least, most) in points.items():
-        y = names.index(row)
+        y, colour = names.index(row), plots.VERMILLION if row == ours else plots.BLUE
+        if mean > bound:
+          ax.plot(edge, y, color=colour, marker=">")
+          ax.annotate(f"{mean:.2f} ", (edge, y), ha="right", va="center", fontsize="small")
+          continue
         ax.errorbar(
           mean,
           y,
           xerr=[[mean - least], [most - mean]] if most > least else None,
-          color=plots.VERMILLION if row == ours else plots.BLUE,
+          color=colour,
           marker="o",
           capsize=2,
         )

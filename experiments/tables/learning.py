@@ -72,9 +72,10 @@ def grid(
         continue
       name, steps = next(iter(labels.values())), np.asarray(kept[0]["steps"])
       y = np.stack([_smooth(line["train_accuracy"]) for line in kept])
-      colour = figures.COLOURS[names.index(name) % len(figures.COLOURS)]
+      again, nth = divmod(names.index(name), len(figures.COLOURS))
+      colour, dash = figures.COLOURS[nth], figures.DASHES[again % len(figures.DASHES)]
       ax = at[labels[down], labels[along]]
-      ax.plot(steps, y.mean(axis=0), color=colour, linewidth=1.4, label=name)
+      ax.plot(steps, y.mean(axis=0), dash, color=colour, linewidth=1.4, label=name)
       ax.fill_between(steps, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     for (d, a), ax in at.items():
       ax.set(title=f"{d} {down}, {along} {a}", ylim=(0, 1.02))
