@@ -126,8 +126,8 @@ def dots(
     figure = Figure(figsize=(2.2 + 3.6 * len(panels), 0.9 + 0.32 * len(names)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, (name, points) in zip(axes, panels):
-      bound = FAR * min(point.mean for point in points.values())
-      edge = max(point.most for point in points.values() if point.mean <= bound)
+      bound = FAR * min((point.mean for point in points.values()), default=0.0)
+      edge = max((point.most for point in points.values() if point.mean <= bound), default=0.0)
       for row, (_, mean, least, most) in points.items():
         y, colour = names.index(row), plots.VERMILLION if row == ours else plots.BLUE
         if mean > bound:
