@@ -5,12 +5,13 @@
 MQAR with 16 random tokens before the pairs and in all blank places, T = 64, vocabulary 64, 2 layers
 of width 64, one head, 1,000 steps of 32 examples. The memories of a layer are 2 n^2 floats: for
 Trellis n slots of keys and values n wide, or n / 2 slots of keys and values 2 n wide ("M=n/2"), for
-the rivals keys n and values 2 n wide. All have short convolutions of 4 taps: without `conv_decay`
-those of Trellis's keys start at 2^-j, all others at the present token alone. "trellis" is the
-library's default, linearised chunks of 64, here one chunk; "g<1/2" bounds its steps, which start
-at 1/4 then; "plain" has no convolutions of values and codes, values of length 1 and forget gates
-from .98, and so have the rows that name their C, which read through LN-SiLU. What C > 1 keeps
-beside the memories, those at the start of the chunk, is not counted.
+the rivals keys n and values 2 n wide, or the other way round ("keys 2n"). All have short
+convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others at
+the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
+chunk; "g<1/2" bounds its steps, which start at 1/4 then; "plain" has no convolutions of values and
+codes, values of length 1 and forget gates from .98, and so have the rows that name their C, which
+read through LN-SiLU. What C > 1 keeps beside the memories, those at the start of the chunk, is not
+counted.
 """
 
 from experiments.configs import default, mqar
@@ -36,6 +37,8 @@ def models(n: int):
   rival = dict(head_dim=n, value_dim=2 * n, conv_taps=4)
   yield "gated_delta_net", "gated_delta_net", rival
   yield "gated_delta_net conv_decay=0.5", "gated_delta_net", dict(rival, conv_decay=0.5)
+  turned = dict(head_dim=2 * n, value_dim=n, conv_taps=4, conv_decay=0.5)
+  yield "gated_delta_net conv_decay=0.5 keys 2n", "gated_delta_net", turned
   yield "linear_attention", "linear_attention", rival
   yield "mamba2", "mamba2", dict(state_dim=n, value_dim=2 * n, conv_taps=4)
 
