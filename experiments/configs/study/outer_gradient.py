@@ -2,11 +2,12 @@
 
     python -m experiments.study outer_gradient
 
-MQAR as in experiments/configs/mqar.py, in the library's default, linearised chunks of 64, which is
-one chunk here, without its convolutions of values and codes ("plain", see default_reading.py), and
-so in stale chunks of 16 with the read through LN-SiLU; ten seeds, 700 steps of 32
-examples at a learning rate of 3e-3. `rho` scales what the inner gradient's own derivative by the
-memory sends back; the path through the targets is whole for every rho.
+MQAR as in experiments/configs/mqar.py; ten seeds, 700 steps of 32 examples at a learning rate of
+3e-3. "trellis" is the library's default, linearised chunks of 64, which is one chunk here; "plain"
+has no convolutions of values and codes, values of length 1 and forget gates from .98, and so has
+"stale", whose chunks of 16 are not linearised and which reads through LN-SiLU. `rho` scales what
+the inner gradient's own derivative by the memory sends back; the path through the targets is whole
+for every rho.
 """
 
 from experiments.configs import default, mqar
