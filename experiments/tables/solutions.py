@@ -14,7 +14,7 @@ MARKERS = "os^Dv"
 LARGE = 0.8  # a step; between 2/3 and 0.9 no run has ended
 
 
-def exact(line: lines_lib.Line) -> bool:
+def is_shown(line: lines_lib.Line) -> bool:
   """Whether a line is of Trellis with traces, and not of stale chunks, whose steps are 1 / C."""
   if not line.get("traces"):
     return False
@@ -23,10 +23,9 @@ def exact(line: lines_lib.Line) -> bool:
 
 
 def kept(lines: list[lines_lib.Line], cells: list[dict]) -> list[lines_lib.Line]:
-  """The lines of `cells`, labels of settings, that are `exact`."""
-  return [
-    line for labels in cells for line in lines_lib.select(lines, {"labels": labels}) if exact(line)
-  ]
+  """The lines of `cells`, labels of settings, that `is_shown` takes."""
+  of = (lines_lib.select(lines, {"labels": labels}) for labels in cells)
+  return [line for found in of for line in found if is_shown(line)]
 
 
 def last(line: lines_lib.Line, name: str) -> float:
