@@ -30,7 +30,7 @@ def build(results: pathlib.Path) -> page.Page:
       shown[name] = curves(heading, lines, have)
     if have and {"pairs", "n"} <= cells[0].keys():
       shown[f"{name}_steps"] = learning.grid(heading, lines, have, "pairs", "n")
-      if figure := solutions.scatter(heading, lines, have):
+      if figure := solutions.scatter(f"Where Trellis ended. {heading}", lines, have):
         shown[f"{name}_solutions"] = figure
         parts += [SOLUTIONS, solutions.table(lines, have)]
     if have and hasattr(module, "TRACES"):
