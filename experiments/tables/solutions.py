@@ -28,6 +28,11 @@ def kept(lines: list[lines_lib.Line], cells: list[dict]) -> list[lines_lib.Line]
   return [line for found in of for line in found if is_shown(line)]
 
 
+def at(lines: list[lines_lib.Line], n: int, pairs: int) -> list[lines_lib.Line]:
+  """The lines of one size and number of pairs."""
+  return [line for line in lines if (line["labels"]["n"], line["labels"]["pairs"]) == (n, pairs)]
+
+
 def last(line: lines_lib.Line, name: str) -> float:
   """A trace of the last layer at the end of a run."""
   return line["traces"][name][-1][-1]
@@ -44,9 +49,8 @@ def table(lines: list[lines_lib.Line], cells: list[dict]) -> str:
   body = []
   places = sorted({(line["labels"]["n"], line["labels"]["pairs"]) for line in have})
   for n, pairs in places:
-    at = [x for x in have if {"n": n, "pairs": pairs}.items() <= x["labels"].items()]
     for large in (False, True):
-      of = [line for line in at if (last(line, "step_size") > LARGE) == large]
+      of = [line for line in at(have, n, pairs) if (last(line, "step_size") > LARGE) == large]
       spans = (
         [last(line, "step_size") for line in of],
         [line["accuracy"] or 0.0 for line in of],
@@ -77,8 +81,7 @@ def scatter(heading: str, lines: list[lines_lib.Line], cells: list[dict]) -> Fig
     axes = figure.subplots(1, len(values("n")), squeeze=False)[0]
     for ax, n in zip(axes, values("n")):
       for pairs, marker in zip(values("pairs"), MARKERS):
-        dots = lines_lib.select((x["labels"] | {"line": x} for x in have), {"n": n, "pairs": pairs})
-        of = [dot["line"] for dot in dots]
+        of = at(have, n, pairs)
         shown = ax.scatter(
           [last(line, "step_size") for line in of],
           [line["accuracy"] or 0.0 for line in of],
