@@ -27,8 +27,7 @@ STYLES["trellis_wide"] = (plots.VERMILLION, "D")
 STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 DASHES, AGAIN = ("-", "--", ":", "-."), "os^v"  # of models that share a colour
-
-FAR = 1.6
+FAR = 1.6  # times the least of a panel, from which a row is an arrow at the edge
 
 
 class Point(NamedTuple):

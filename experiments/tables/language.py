@@ -8,7 +8,6 @@ best learning rate by validation loss.
 import dataclasses
 import importlib
 import pathlib
-import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,11 +48,6 @@ class Group:
   def values(self, labels: Labels) -> list[float]:
     """A row's perplexities, in the order of `of`."""
     return list(self.by_seed(labels).values())
-
-  def mean(self, labels: Labels) -> float | None:
-    """A row's perplexity, the mean over seeds."""
-    values = self.values(labels)
-    return statistics.fmean(values) if values else None
 
   def beside(self, labels: Labels, other: Labels) -> dict[int, tuple[float, float]]:
     """The perplexities of two rows by seed, of the seeds that both were run with."""
