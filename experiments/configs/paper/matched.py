@@ -47,6 +47,7 @@ CHOICES = (
   *("conv+eps", "conv+silu+eps", "conv+silu+codes", "conv+eps+codes"),
   *("silu+eps+codes", "conv+silu+eps+codes"),
   *("conv+silu+f95", "conv+silu+eps+codes+f95", "conv+eps+codes+f95+half"),
+  "conv+eps+codes+f95+head",
   *("conv+silu+head", "conv+silu+eps+codes+head", "conv+silu+linear", "conv+silu+fid"),
 )
 
