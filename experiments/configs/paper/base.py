@@ -154,10 +154,13 @@ def _config(
   cfg.data.vocab_size = s.vocab_size
   if s.scale == "paper":
     cfg.data.path, cfg.data.tokenizer = f"data/{data}", "data/tokenizer.json"
-    cfg.model.init_std, cfg.model.remat = 0.02, "full"
+    cfg.model.init_std = 0.02
   cfg.model.update(width=s.width, num_layers=s.num_layers, num_heads=s.num_heads, mixer=mixer)
   cfg.model.mlp_width = mlp_width
-  cfg.model.dtype = "float32" if s.scale == "mini" else "bfloat16"
+  if s.scale == "mini":
+    cfg.model.dtype = "float32"
+  else:  # else the layers of 65,536 tokens take 70 GB at small
+    cfg.model.dtype, cfg.model.remat = "bfloat16", "full"
   cfg.model.attention.cache_length = context
   cfg.model[mixer].update(knobs)
   cfg.optim.peak_lr, cfg.optim.end_lr_ratio = s.peak_lr, 1e-5 / s.peak_lr
