@@ -1,5 +1,10 @@
-"""Trellis in Gated DeltaNet's memory, choice by choice, and how far it is from it."""
+"""Trellis in Gated DeltaNet's memory, choice by choice, and how far it is from it.
 
+All are compared at the learning rate that all have run with, the middle one of the scale's three:
+Gated DeltaNet and the default have the others too, in Table 4.
+"""
+
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -14,9 +19,11 @@ BESIDE = {"gated_delta_net": "Gated DeltaNet", "trellis_wide": "the library's de
 def by_choice(
   group: language.Group, table4: list[lines_lib.Line]
 ) -> dict[int, dict[str, list[float]]]:
-  """Perplexities by length and by name, Table 4's on the same text and tokens first."""
+  """Perplexities at one rate, by length and name; Table 4's on the same text and tokens first."""
   same = {k: group.lines[0][k] for k in ("scale", "tokens", "corpus_digest")}
-  beside = language.Group(group.scale, [], lines_lib.select(table4, same))
+  at = {"peak_lr": _rate(group)}
+  beside = language.Group(group.scale, [], lines_lib.select(table4, same | at))
+  group = dataclasses.replace(group, lines=lines_lib.select(group.lines, at))
   found = {}
   for row in group.rows:
     choice, context = row.labels.values()
@@ -39,7 +46,8 @@ def notes(group: language.Group, table4: list[lines_lib.Line]) -> list[str]:
     listed = ", ".join(f"{name} {far[name]:+.3f}" for name in sorted(far, key=far.get))
     said.append(
       f"T = {context}: {rival} has {page.spread(theirs)}, {len(theirs)} seeds "
-      f"([Table 4](table4.md)). Nats a token more than it, means over seeds: {listed}."
+      f"([Table 4](table4.md)), all at {_rate(group):g}. Nats a token more than it, means over "
+      f"seeds: {listed}."
     )
   return said
 
@@ -51,7 +59,8 @@ def plot(found: list[language.Group], table4: list[lines_lib.Line]):
     for context, values in by_choice(group, table4).items():
       points = {name: figures.Point.of(0, v) for name, v in values.items()}
       panels.append((f"T = {context}", points))
-  title = "In Gated DeltaNet's memory; " + "; ".join(group.title for group in found)
+  of = (f"{group.title} at {_rate(group):g}" for group in found)
+  title = "In Gated DeltaNet's memory; " + "; ".join(of)
   ours = BESIDE["trellis_wide"]
   return {"matched": figures.dots(panels, title, "perplexity", ours)} if panels else {}
 
@@ -66,6 +75,11 @@ def build(results: pathlib.Path) -> page.Page:
     notes=lambda group: notes(group, table4),
     figures=lambda found: plot(found, table4),
   )
+
+
+def _rate(group: language.Group) -> float:
+  """The learning rate of every choice: a scale's middle one."""
+  return group.rows[0].rates[1]
 
 
 def _nats(perplexities: list[float]) -> float:
