@@ -188,6 +188,16 @@ def test_a_row_that_is_far_behind_leaves_the_others_their_room():
   assert 15 <= ax.get_xlim()[1] < 16
 
 
+def test_a_point_that_is_far_behind_leaves_the_lines_their_room():
+  at = lambda *values: [figures.Point.of(512 * 2**i, [v]) for i, v in enumerate(values)]
+  models = {"trellis": at(10.0, 11.0), "delta_net": at(19.0, 21.0), "attention": at(90.0)}
+  (ax,) = figures.lines([("one", models)], "title", "x").axes
+  assert [text.get_text() for text in ax.texts] == ["21.0", "90.0"]
+  assert 19 <= ax.get_ylim()[1] < 20
+  shown = figures.lines([("one", models)], "title", "x", "accuracy").axes[0]
+  assert not shown.texts and shown.get_ylim()[1] > 90
+
+
 def test_a_choice_sets_what_its_words_say():
   rows = rows_of("matched")
   knobs = lambda name: rows[name, 512].config.model.trellis.to_dict()

@@ -1,5 +1,6 @@
 """Figures in the shape of the paper's: a line for a model, a panel for a size."""
 
+import collections
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 DASHES, AGAIN = ("-", "--", ":", "-."), "os^v"  # of models that share a colour
 FAR = 1.6  # times the least of a panel, from which a row is an arrow at the edge
+FAR_LINES = 2.0  # the same of a point of a line
 
 
 class Point(NamedTuple):
@@ -52,6 +54,9 @@ def lines(
 ) -> Figure:
   """A panel beside the other, a line for each model over a logarithmic axis.
 
+  A perplexity that is far behind, by a factor FAR_LINES of the least, is a mark above the others
+  with its number.
+
   Args:
     panels: what to show.
     title, xlabel, ylabel: texts.
@@ -62,10 +67,9 @@ def lines(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     styles = _styles(panels)
     for ax, (name, models) in zip(axes, panels):
-      for model, points in models.items():
-        if not points:
-          continue
-        x, mean, least, most = np.array(points, float).T
+      near, far = _apart(models) if ylabel == "perplexity" else (models, [])
+      for model, points in near.items():
+        x, mean, least, most = np.array(points, float).reshape(-1, 4).T
         bars = np.stack([mean - least, most - mean])
         ax.errorbar(
           x,
@@ -76,7 +80,15 @@ def lines(
           capsize=2,
           **styles[model],
         )
-      ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
+      stacked = collections.Counter()
+      for model, point in far:  # the nearest of them lowest
+        y, look = 1.04 + 0.06 * stacked[point.x], styles[model] | {"linestyle": ""}
+        stacked[point.x] += 1
+        ax.plot(point.x, y, transform=ax.get_xaxis_transform(), clip_on=False, **look)
+        at = dict(xytext=(6, 0), textcoords="offset points", va="center", fontsize="small")
+        ax.annotate(f"{point.mean:.1f}", (point.x, y), xycoords=ax.get_xaxis_transform(), **at)
+      ax.set(xlabel=xlabel, ylabel=ylabel)
+      ax.set_title(name, pad=6 + 16 * max(stacked.values(), default=0))
       ax.set_xscale("log")
       if ticks:
         at = sorted({p.x for points in models.values() for p in points})
@@ -87,6 +99,15 @@ def lines(
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
     figure.suptitle(textwrap.fill(title, 54 * len(panels)))
   return figure
+
+
+def _apart(models: Mapping[str, Sequence[Point]]):
+  """(points by model without those that are far behind, (model, point) of those, least first)."""
+  least = min((p.mean for points in models.values() for p in points), default=0.0)
+  is_far = lambda point: point.mean > FAR_LINES * least
+  near = {model: [p for p in points if not is_far(p)] for model, points in models.items()}
+  far = [(model, p) for model, points in models.items() for p in points if is_far(p)]
+  return near, sorted(far, key=lambda found: found[1].mean)
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict]:

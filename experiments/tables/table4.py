@@ -62,13 +62,14 @@ def positions(group: language.Group) -> str:
 
 
 def plot(found: list[language.Group]):
-  """The paper's Books columns, and each of our groups."""
+  """The paper's Books columns, and each of our groups of several points."""
   x_of = lambda labels, *_: labels["context"]
   books = figures.published(
     list(table4.rows("paper")), x_of, lambda labels: labels["data"] == "books"
   )
   panels = [("the paper: 125M, Books", books)]
-  panels += [(group.title, figures.points(group, x_of)) for group in found]
+  ours = [(group.title, figures.points(group, x_of)) for group in found]
+  panels += [(title, points) for title, points in ours if sum(map(len, points.values())) > 1]
   return {"table4": figures.lines(panels, "Perplexity by context", "T of training and test")}
 
 

@@ -19,7 +19,8 @@ values of length 1, and forget gates from 0.98; a row's words are what it has be
     exact     C = 1
 
 The library's default is what these words would call conv+eps+codes+f95; its rows are `trellis_wide`
-of Table 4, where Gated DeltaNet's are too. None has a number in the paper. 125M parameters on Books: a run takes 1.7e18 FLOPs.
+of Table 4, where Gated DeltaNet's are too. None has a number in the paper. 125M parameters on
+Books: a run takes 1.7e18 FLOPs.
 """
 
 import ml_collections
