@@ -6,7 +6,9 @@
 The paper has Trellis at 99.2 to 97.8 on S-NIAH-1 from 2k to 8k, at 99.4 to 34.6 on S-NIAH-2, at
 86.4 to 28.4 on S-NIAH-3 from 1k to 4k. --tasks names the text that needles hide in (see
 experiments/evals/niah.py). A run takes 2.2e20 FLOPs. Size, corpus and the length that the models
-were trained at are not stated; here they are TTT's 1.3B, C4 and 4k, and at mini 4k too.
+were trained at are not stated; here they are TTT's 1.3B, C4 and 4k, and at mini 4k too. At the
+small scales the text is the one that is given; `python -m experiments.needle_text` writes one of
+needles and their answers.
 """
 
 import ml_collections
