@@ -1,6 +1,5 @@
 """Running text as a haystack: its first words, and where its sentences end."""
 
-import itertools
 import re
 
 import numpy as np
@@ -31,11 +30,18 @@ class Essay:
     )
     self.ends[-1] = True
 
-  def cut(self, count: int, depth: int) -> tuple[str, str]:
-    """The first `count` words, cut after `depth` percent of their sentences, rounded down."""
-    repeats = -(-count // len(self.words))
-    words = list(itertools.islice(itertools.cycle(self.words), count))
-    ends = np.flatnonzero(np.tile(self.ends, repeats)[:count][:-1]) + 1
+  def cut(self, count: int, depth: int, start: int = 0) -> tuple[str, str]:
+    """`count` words, cut after `depth` percent of their sentences, rounded down.
+
+    Args:
+      count: of words.
+      depth: 0 to 100.
+      start: the first of them, less than there are.
+    """
+    repeats = -(-(start + count) // len(self.words))
+    source = self.words if repeats == 1 else self.words * repeats
+    words = source[start : start + count]
+    ends = np.flatnonzero(np.tile(self.ends, repeats)[start : start + count][:-1]) + 1
     sentences = len(ends) + bool(count)
     before = sentences * depth // 100
     at = 0 if not before else count if before == sentences else int(ends[before - 1])

@@ -4,9 +4,9 @@ r"""Writes text of needles in haystacks, with their answers, for a language mode
     python -m experiments.tables.run table3 --data=FOLDER --tasks=TEXT
 
 A document is a sample of S-NIAH with its answer (experiments/needles.py), the kinds in turn, of a
-length in bytes drawn evenly on a logarithmic scale; the needles of a split hide in the haystack's
-own text of that split. A model that is trained on such text has been asked for needles; one that is
-trained on other text has to be large before it finds any. Flags:
+length in bytes drawn evenly on a logarithmic scale. The needles of a split hide in the haystack's
+own text of that split, which begins at a random word: were it always the first, as in what is
+scored, a model would learn that text by heart. Flags:
 
     --to=FOLDER         gets train.jsonl, validation.jsonl and test.jsonl, lines of {"text": ...}
     --haystack=PATH     a folder or files, as data.path; the standard library without
@@ -51,10 +51,8 @@ def documents(
     UserError: an unknown kind, or a longest document in which a question has no room.
   """
   tokenizer = tokenise.ByteTokenizer()
-  make = [
-    niah.Generator(kind, tokenizer, essay=essay, split=split, new_tokens=ANSWER, **knobs)
-    for kind in kinds
-  ]
+  knobs |= dict(essay=essay, split=split, new_tokens=ANSWER, anywhere=True)
+  make = [niah.Generator(kind, tokenizer, **knobs) for kind in kinds]
   rng = np.random.default_rng([knobs["seed"], corpus.SPLITS.index(split)])
   for number, share in enumerate(rng.random(count)):
     generator = make[number % len(make)]

@@ -46,6 +46,8 @@ def test_documents_ask_for_the_needle_that_they_hide_in_their_splits_text(tmp_pa
       keys[split, i] = answer
   assert len(set(keys.values())) == 66
   sizes = sorted(len(text) for text in found["train"])
+  begins = {text.split("\n")[1].split()[0] for text in found["train"] if "grass" not in text}
+  assert begins >= {"oak", "elm", "ash."}
   assert sizes[0] < 640 and sizes[-1] > 1600 and 800 < sizes[30] < 1300  # even on a log scale
   assert _write(tmp_path, haystack, "--most=2048") == found
   assert _write(tmp_path, haystack, "--most=2048", "--seed=1")["train"] != found["train"]

@@ -148,6 +148,18 @@ def test_sentences_end_at_marks_before_words_that_can_begin_one(essay):
   assert essay.cut(5, 100) == ('Mr. Fox went out. "Is', "")
   count = len(essay.words)
   assert essay.cut(3 * count, 34)[0].split() == essay.words
+  assert essay.cut(3, 100, 1) == ("Fox went out.", "")  # from its second word, and over its end
+  assert essay.cut(4, 100, count - 1) == ('"La!" Mr. Fox went', "")
+
+
+def test_a_haystack_may_begin_anywhere_and_all_else_stays(essay):
+  first = [_generator("niah_single_2", essay=essay).sample(i, 700) for i in range(8)]
+  made = _generator("niah_single_2", essay=essay, anywhere=True)
+  other = [made.sample(i, 700) for i in range(8)]
+  assert [x.answer for x in first] == [x.answer for x in other]
+  begins = lambda x: x.prompt.split("\n")[1].split()[0]
+  assert {begins(x) for x in first} <= {"Mr.", "One"} and len({begins(x) for x in other}) > 4
+  assert other == [made.sample(i, 700) for i in range(8)]
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,29 @@ class Generator:
     new_tokens: int = needles.NEW_TOKENS,
     seed: int = 0,
     split: str = "test",
+    anywhere: bool = False,
   ):
-    """Raises UserError for an unknown kind, or one that needs an essay and has none."""
+    """Samples of a kind.
+
+    Args:
+      kind: of needles.KINDS.
+      tokenizer: whose tokens are counted.
+      essay: the haystack of kinds that need one.
+      words: (adjectives, nouns) of the keys.
+      new_tokens: room for the answer.
+      seed, split: of the samples.
+      anywhere: whether the haystack begins at a random word of the essay, and not at its first.
+
+    Raises:
+      UserError: an unknown kind, or one that needs an essay and has none.
+    """
     if kind not in needles.KINDS:
       raise UserError(f"kind {kind!r} is unknown; accepted are {', '.join(needles.KINDS)}")
     if needles.KINDS[kind][0] == "essay" and essay is None:
       raise UserError(f"{kind} hides its needle in an essay, but no haystack of text is given")
     self.kind, self.tokenizer = kind, tokenizer
     self.essay, self.words, self.new_tokens = essay, words, new_tokens
+    self.anywhere = anywhere
     self.seed = [seed, list(needles.KINDS).index(kind), corpus.SPLITS.index(split)]
 
   def shortest(self, number: int) -> int:
@@ -91,13 +106,14 @@ class Generator:
     digits, random_uuid = rng.integers(10**6, 10**7), uuid.UUID(bytes=rng.bytes(16), version=4)
     answer = str(digits if value == "number" else random_uuid)
     depth, place = int(rng.choice(needles.DEPTHS)), rng.random()
+    start = rng.integers(len(self.essay.words)) if self.anywhere and self.essay else 0
 
     def attempt(units: int) -> needles.Sample:
       if haystack == "noise":
         first = int(place * units)
         before, after = ("\n".join([needles.LINE] * n) for n in (first, units - first))
       else:
-        before, after = self.essay.cut(units, depth)
+        before, after = self.essay.cut(units, depth, start)
       prompt, prefix = needles.render(self.kind, key, answer if needle else "", before, after)
       tokens = len(self.tokenizer.encode(prompt + prefix))
       return needles.Sample(self.kind, prompt, prefix, answer, tokens + self.new_tokens)
