@@ -8,10 +8,11 @@ Trellis n slots of keys and values n wide, or n / 2 slots of keys and values 2 n
 the rivals keys n and values 2 n wide, or the other way round ("keys 2n"). All have short
 convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others at
 the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
-chunk; "g<1/2" bounds its steps, which start at 1/4 then; "plain" has no convolutions of values and
-codes, values of length 1 and forget gates from .98, and so have the rows that name their C, which
-read through LN-SiLU. What C > 1 keeps beside the memories, those at the start of the chunk, is not
-counted.
+chunk; "learned start" has a memory to start from that is learned, at first N(0, 1/4^2), a parameter
+and no part of the 2 n^2; "g<1/2" bounds its steps, which start at 1/4 then; "plain" has no
+convolutions of values and codes, values of length 1 and forget gates from .98, and so have the rows
+that name their C, which read through LN-SiLU. What C > 1 keeps beside the memories, those at the
+start of the chunk, is not counted.
 """
 
 from experiments.configs import default, mqar
@@ -27,6 +28,8 @@ def models(n: int):
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16 stale", "trellis", dict(slots, **mqar.STALE)
   yield "trellis", "trellis", slots
+  learned = dict(slots, initial_memory="learned", memory_std=0.25)
+  yield "trellis learned start", "trellis", learned
   wide = dict(num_slots=n // 2, head_dim=2 * n, value_dim=2 * n, conv_taps=4)
   yield "trellis M=n/2", "trellis", wide
   yield "trellis M=n/2 g<1/2", "trellis", dict(wide, step_scale=0.5, step_init=0.25)
