@@ -11,7 +11,7 @@ from experiments.tables import lines as lines_lib
 from experiments.tables import page
 
 MARKERS = "os^Dv"
-LARGE = 0.8  # a step; between 2/3 and 0.9 no run has ended
+LARGE = 0.8  # a step; between 2/3 and 0.85 no run has ended
 
 
 def is_shown(line: lines_lib.Line) -> bool:
