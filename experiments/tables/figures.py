@@ -67,7 +67,8 @@ def lines(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     styles = _styles(panels)
     for ax, (name, models) in zip(axes, panels):
-      near, far = _apart(models) if ylabel == "perplexity" else (models, [])
+      have = {model: points for model, points in models.items() if points}
+      near, far = _apart(have) if ylabel == "perplexity" else (have, [])
       for model, points in near.items():
         x, mean, least, most = np.array(points, float).reshape(-1, 4).T
         bars = np.stack([mean - least, most - mean])
@@ -103,10 +104,9 @@ def lines(
 
 def _apart(models: Mapping[str, Sequence[Point]]):
   """(points by model without those that are far behind, (model, point) of those, least first)."""
-  least = min((p.mean for points in models.values() for p in points), default=0.0)
-  is_far = lambda point: point.mean > FAR_LINES * least
-  near = {model: [p for p in points if not is_far(p)] for model, points in models.items()}
-  far = [(model, p) for model, points in models.items() for p in points if is_far(p)]
+  bound = FAR_LINES * min((p.mean for points in models.values() for p in points), default=0.0)
+  near = {model: [p for p in points if p.mean <= bound] for model, points in models.items()}
+  far = [(model, p) for model, points in models.items() for p in points if p.mean > bound]
   return near, sorted(far, key=lambda found: found[1].mean)
 
 
