@@ -55,9 +55,7 @@ def documents(
   make = [niah.Generator(kind, tokenizer, **knobs) for kind in kinds]
   rng = np.random.default_rng([knobs["seed"], corpus.SPLITS.index(split)])
   for number, share in enumerate(rng.random(count)):
-    generator = make[number % len(make)]
-    low = min(max(least, generator.shortest(number)), most)
-    sample = generator.sample(number, round(low ** (1 - share) * most**share))
+    sample = make[number % len(make)].spread(number, least, most, share)
     yield f"{sample.prompt}{sample.prefix} {sample.answer}."
 
 

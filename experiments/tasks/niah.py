@@ -98,6 +98,14 @@ class Generator:
       guess = (fits + too_long) // 2 if turn % 3 == 0 else guess
     return best
 
+  def spread(self, number: int, least: int, most: int, share: float) -> needles.Sample:
+    """The sample at `share`, 0 to 1, of the lengths from `least` to `most` on a logarithmic scale.
+
+    The shortest is longer than `least` where what is asked takes more.
+    """
+    least = min(max(least, self.shortest(number)), most)
+    return self.sample(number, round(least ** (1 - share) * most**share))
+
   def _drawn(self, number: int, needle: bool = True) -> Callable[[int], needles.Sample]:
     """The sample as a function of how many lines or words of haystack it has."""
     rng = np.random.default_rng([*self.seed, number])
@@ -195,8 +203,7 @@ class Rows:
     c, tokenizer = self.config, self.tokenizer
     generator = self.generators[row % len(self.generators)]
     share = np.random.default_rng([c.seed, self.split, row]).random()
-    least = min(max(c.min_length, generator.shortest(row)), self.seq_len)
-    sample = generator.sample(row, round(least ** (1 - share) * self.seq_len**share))
+    sample = generator.spread(row, c.min_length, self.seq_len, share)
     question = tokenizer.encode(sample.prompt + sample.prefix)
     answer = [*tokenizer.encode(f" {sample.answer}."), tokenizer.eos_id]
     stream = np.array([tokenizer.bos_id, *question, *answer], np.int32)

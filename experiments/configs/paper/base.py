@@ -159,7 +159,7 @@ def _config(
   cfg.model.mlp_width = mlp_width
   if s.scale == "mini":
     cfg.model.dtype = "float32"
-  else:  # else the layers of 65,536 tokens take 70 GB at small
+  else:  # or a step keeps the activations of all layers, of 65,536 tokens at small
     cfg.model.dtype, cfg.model.remat = "bfloat16", "full"
   cfg.model.attention.cache_length = context
   cfg.model[mixer].update(knobs)
