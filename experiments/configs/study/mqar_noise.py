@@ -28,11 +28,13 @@ def models(n: int):
   slots = dict(num_slots=n, head_dim=n, value_dim=n, conv_taps=4)
   yield "trellis C=16 stale", "trellis", dict(slots, **mqar.STALE)
   yield "trellis", "trellis", slots
-  learned = dict(slots, initial_memory="learned", memory_std=0.25)
-  yield "trellis learned start", "trellis", learned
+  learned = dict(initial_memory="learned", memory_std=0.25)
+  yield "trellis learned start", "trellis", slots | learned
   wide = dict(num_slots=n // 2, head_dim=2 * n, value_dim=2 * n, conv_taps=4)
   yield "trellis M=n/2", "trellis", wide
-  yield "trellis M=n/2 g<1/2", "trellis", dict(wide, step_scale=0.5, step_init=0.25)
+  short = dict(wide, step_scale=0.5, step_init=0.25)
+  yield "trellis M=n/2 g<1/2", "trellis", short
+  yield "trellis M=n/2 g<1/2 learned start", "trellis", short | learned
   plain = slots | default.PLAIN
   yield "trellis plain", "trellis", plain
   yield "trellis C=16 linearised", "trellis", dict(plain, chunk_size=16, phi_out="ln_silu")
