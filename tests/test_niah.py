@@ -211,7 +211,7 @@ def test_rows_teach_the_answer(tmp_path, answer_only):
   knobs = niah.Config(**KNOBS | {"haystack": str(tmp_path), "answer_only": answer_only})
   rows = niah.Rows(knobs, "train", 1200)
   assert (len(rows), len(niah.Rows(knobs, "test", 1200)), knobs.vocab_size) == (50, 10, 257)
-  sizes = []
+  sizes, begins = [], set()
   for i in range(50):
     row = rows[i]
     used = int(row["segment_ids"].sum())
@@ -225,7 +225,10 @@ def test_rows_teach_the_answer(tmp_path, answer_only):
     learned = BYTES.decode(targets[row["weights"] > 0].tolist())
     assert learned == (answer if answer_only else text)
     sizes.append(used)
+    if "uuid" in text:
+      begins.add(text.split("\n")[1].split()[0])
   assert min(sizes) < 550 and 1000 < max(sizes) <= 1200
+  assert len(begins) > 5
 
 
 @pytest.mark.parametrize(

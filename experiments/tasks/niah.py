@@ -6,7 +6,9 @@ the tokens to generate fit into the length. (The original steps by 500 words, or
 samples at once: lengths have two modes, and where not even one step fits it never ends.)
 
 As a task to train on, a row is a sample with its answer, of a length drawn evenly on a logarithmic
-scale. Sample i is drawn by a generator of its own, seeded by (seed, kind, split, i).
+scale; its haystack begins at a random word, for were it always the first, as in what is scored, a
+model would learn that text by heart. Sample i is drawn by a generator of its own, seeded by
+(seed, kind, split, i).
 """
 
 import dataclasses
@@ -185,12 +187,11 @@ class Rows:
     """Raises UserError when no sample fits into a row, or what samples are made of is missing."""
     self.config, self.seq_len, self.tokenizer = config, seq_len, config.loaded
     essay = essays.load(config.haystack) if config.haystack else None
-    knobs = dict(essay=essay, words=needles.words_of(config.words), seed=config.seed, split=split)
-    self.generators = [
-      # Room for " ANSWER." and the end; a token has a byte at least.
-      Generator(kind.strip(), self.tokenizer, new_tokens=ANSWER_BYTES + 3, **knobs)
-      for kind in config.kinds.split(",")
-    ]
+    knobs = dict(words=needles.words_of(config.words), seed=config.seed, split=split)
+    room = ANSWER_BYTES + 3  # for " ANSWER." and the end; a token has a byte at least
+    knobs |= dict(essay=essay, anywhere=True, new_tokens=room)
+    kinds = [kind.strip() for kind in config.kinds.split(",")]
+    self.generators = [Generator(kind, self.tokenizer, **knobs) for kind in kinds]
     self.split = corpus.SPLITS.index(split)
     self.length = config.train_examples if split == "train" else config.held_out_examples
     for generator in self.generators:
