@@ -13,6 +13,7 @@ niah_single_3   the first words of an essay, a uuid
 
 import dataclasses
 import pathlib
+import uuid
 
 import numpy as np
 
@@ -70,6 +71,17 @@ def render(kind: str, key: str, answer: str, before: str, after: str) -> tuple[s
   context = "\n".join(filter(None, parts)) if haystack == "noise" else " ".join(parts)
   question = QUESTION.format(value=value, key=key)
   return ABOUT.format(value=value) + context + question, PREFIX.format(value=value, key=key)
+
+
+def key(rng: np.random.Generator, words: tuple[list[str], list[str]]) -> str:
+  """A key, "ADJECTIVE-NOUN" of the two lists."""
+  return "-".join(names[rng.integers(len(names))] for names in words)
+
+
+def value(rng: np.random.Generator, kind: str) -> str:
+  """What a needle of a kind says: 7 digits, or a uuid. Draws both, whichever it is."""
+  digits, random_uuid = rng.integers(10**6, 10**7), uuid.UUID(bytes=rng.bytes(16), version=4)
+  return str(digits if KINDS[kind][1] == "number" else random_uuid)
 
 
 def words_of(folder: str) -> tuple[list[str], list[str]]:

@@ -30,7 +30,8 @@ def _write(tmp_path, haystack, *flags):
 
 
 def test_documents_ask_for_the_needle_that_they_hide_in_their_splits_text(tmp_path, haystack):
-  found = _write(tmp_path, haystack, "--most=2048")
+  samples = ("--most=2048", "--facts=0")
+  found = _write(tmp_path, haystack, *samples)
   assert [len(found[split]) for split in corpus.SPLITS] == [60, 3, 3]
   keys = {}
   for split, texts in found.items():
@@ -49,8 +50,26 @@ def test_documents_ask_for_the_needle_that_they_hide_in_their_splits_text(tmp_pa
   begins = {text.split("\n")[1].split()[0] for text in found["train"] if "grass" not in text}
   assert begins >= {"oak", "elm", "ash."}
   assert sizes[0] < 640 and sizes[-1] > 1600 and 800 < sizes[30] < 1300  # even on a log scale
-  assert _write(tmp_path, haystack, "--most=2048") == found
-  assert _write(tmp_path, haystack, "--most=2048", "--seed=1")["train"] != found["train"]
+  assert _write(tmp_path, haystack, *samples) == found
+  assert _write(tmp_path, haystack, *samples, "--seed=1")["train"] != found["train"]
+
+
+def test_half_of_the_documents_are_facts_that_hold(tmp_path, haystack):
+  found = _write(tmp_path, haystack)["train"]
+  lists = [text for text in found if "quiz" not in text]
+  assert 20 < len(lists) < 40
+  sizes = set()
+  for text in lists:
+    pairs = [re.fullmatch(r"(\S+-\S+) is (\S+)\.", line).groups() for line in text.split("\n")]
+    count = len(pairs) // 5
+    assert len(pairs) == 5 * count and len(dict(pairs)) == len(set(pairs)) == count
+    assert len(dict(pairs[:count])) == count  # each is said before it is said again
+    sizes.add(count)
+  assert {len(text.split()[2]) for text in lists} == {len("1234567."), 37}
+  assert sizes == {1, 2, 3, 4, 5, 6}
+  assert all(
+    " is " in text.split("\n")[0] for text in _write(tmp_path, haystack, "--facts=1")["train"]
+  )
 
 
 def test_what_is_written_is_a_corpus_with_splits_of_its_own(tmp_path, haystack):
@@ -71,6 +90,7 @@ def test_a_haystack_may_be_one_split_of_a_text(haystack):
   "flags, words",
   [
     (["--documents=0"], "--documents=0 is given; accepted is at least 1"),
+    (["--facts=1.5"], "--facts=1.5 is given; accepted is from 0 to 1"),
     (["--most=500"], "--most=500 is given; accepted is at least 512"),
     (["--most=300", "--least=300"], "length=300 is too short for niah_single_1; accepted is at"),
     (["--kinds=sums"], "kind 'sums' is unknown; accepted are niah_single_1"),

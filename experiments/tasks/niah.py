@@ -13,7 +13,6 @@ model would learn that text by heart. Sample i is drawn by a generator of its ow
 
 import dataclasses
 import functools
-import uuid
 from collections.abc import Callable
 
 import numpy as np
@@ -111,10 +110,8 @@ class Generator:
   def _drawn(self, number: int, needle: bool = True) -> Callable[[int], needles.Sample]:
     """The sample as a function of how many lines or words of haystack it has."""
     rng = np.random.default_rng([*self.seed, number])
-    key = "-".join(words[rng.integers(len(words))] for words in self.words)
-    haystack, value = needles.KINDS[self.kind]
-    digits, random_uuid = rng.integers(10**6, 10**7), uuid.UUID(bytes=rng.bytes(16), version=4)
-    answer = str(digits if value == "number" else random_uuid)
+    key, answer = needles.key(rng, self.words), needles.value(rng, self.kind)
+    haystack = needles.KINDS[self.kind][0]
     depth, place = int(rng.choice(needles.DEPTHS)), rng.random()
     start = rng.integers(len(self.essay.words)) if self.anywhere and self.essay else 0
 
