@@ -58,6 +58,25 @@ def _lines(model, dataset, horizons, seeds, mse):
       yield {"labels": labels, "seed": s, "mse": mse + 0.01 * s, "mae": 0.5, **more}
 
 
+def test_a_grid_runs_dlinear_once_for_each_seed(folder, tmp_path, capsys):
+  argv = ["grid", str(folder), f"--results={tmp_path}", "--datasets=some", "--horizons=3"]
+  argv += ["--models=dlinear", "--config.lookback=16"]
+  assert grid.main([*argv, "--seeds=0,1"]) == 0
+  lines = [x for x in metrics.read(tmp_path / "some.jsonl") if x["labels"]["model"] == "dlinear"]
+  assert [x["seed"] for x in lines] == [0, 1] and lines[0]["mse"] != lines[1]["mse"]
+  assert lines[0]["settings"]["learning_rate"] == 1e-4 and lines[0]["settings"]["lookback"] == 16
+  assert lines[1]["command"] == (
+    "python -m experiments.series.grid FOLDER --models=dlinear --datasets=some --horizons=3"
+    " --seeds=1 --config.lookback=16"
+  )
+  capsys.readouterr()
+  assert grid.main([*argv, "--seeds=0,1"]) == 0 and "eta" not in capsys.readouterr().out
+  other = [x | {"labels": x["labels"] | {"dataset": "ETTh1", "horizon": h}} for x in lines for h in
+           published.HORIZONS]  # fmt: skip
+  (said,) = table.parity([x | {"mse": 0.45, "mae": 0.46} for x in other])
+  assert said == "ETTh1: DLinear 0.450 and 0.460 here, 0.456 and 0.452 published: -1.3% and +1.8%."
+
+
 def test_the_table_has_averages_spreads_and_not_run():
   lines = list(_lines("trellis", "ETTh1", published.HORIZONS, (0, 1, 2), 0.43))
   lines += _lines("trellis", "ETTh2", (96, 192), (0,), 0.3)

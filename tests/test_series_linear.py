@@ -2,10 +2,12 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.series import data, linear
+from experiments.series import data, dlinear, linear
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "ett"
 
@@ -67,3 +69,41 @@ def test_the_closed_form_is_at_the_published_dlinear_numbers(horizon, mse, mae):
   assert got.mae == pytest.approx(mae, rel=0.02)
   if horizon == 96:  # the exact least squares, whose absolute error is 1.75% below DLinear's
     assert got == pytest.approx((0.3815, 0.3930), abs=6e-5)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the ETT files are not beside the repository")
+def test_dlinear_trained_by_its_authors_recipe_is_at_its_published_numbers():
+  series = data.load(SHARED / "ETTh1.csv")
+  got = [dlinear.train(series, 96, 96, seed).test for seed in (0, 1, 2)]
+  assert np.mean(got, axis=0) == pytest.approx((0.386, 0.400), rel=0.015)
+
+
+def test_dlinear_is_two_maps_of_a_moving_average_and_the_rest():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 40, 3)).astype(np.float32)
+  params = dlinear.init(jax.random.key(1), 40, 5)
+  padded = np.pad(x, [(0, 0), (12, 12), (0, 0)], mode="edge")
+  trend = np.stack([padded[:, t : t + 25].mean(1) for t in range(40)], axis=1)
+  np.testing.assert_allclose(dlinear.trend_of(jnp.asarray(x)), trend, atol=2e-6)
+  maps = {name: np.asarray(value) for name, value in params.items()}
+  want = np.einsum("bln,lh->bhn", trend, maps["trend"])
+  want += np.einsum("bln,lh->bhn", x - trend, maps["rest"]) + maps["bias"].sum(0)[:, None]
+  np.testing.assert_allclose(dlinear.forecast(params, jnp.asarray(x)), want, atol=1e-5)
+  assert max(np.abs(value).max() for value in maps.values()) <= 40**-0.5
+
+
+def test_dlinear_approaches_the_closed_form_and_repeats_itself(monkeypatch):
+  monkeypatch.setitem(dlinear.RECIPES, "some", dlinear.Recipe(4, 2e-2))
+  series = _series(rows=400)
+  best = linear.fit(series, 16, 5, ridges=(1e-6,)).errors(series, "validation").mse
+  got = dlinear.train(series, 16, 5, 0)
+  assert got == dlinear.train(series, 16, 5, 0) != dlinear.train(series, 16, 5, 1)
+  assert (
+    0.98 * best
+    < got.validation.mse
+    < 1.2 * best
+    < linear.repeat_last(series, "validation", 16, 5).mse
+  )
+  assert 1 <= got.best_epoch <= got.epochs <= dlinear.EPOCHS
+  with pytest.raises(ValueError, match="some has 3 train windows, less than a batch of dlinear"):
+    dlinear.train(series, 192, 6, 0)

@@ -28,7 +28,7 @@ class Errors(NamedTuple):
 
 def repeat_last(series: Series, split: str, lookback: int, horizon: int) -> Errors:
   """Errors of the forecast that repeats a window's last row."""
-  return _errors(series, split, lookback, horizon, lambda x: x[:, -1:, :])
+  return errors_of(series, split, lookback, horizon, lambda x: x[:, -1:, :])
 
 
 class Linear(NamedTuple):
@@ -47,7 +47,7 @@ class Linear(NamedTuple):
 
   def errors(self, series: Series, split: str) -> Errors:
     """Errors on a split."""
-    return _errors(series, split, *self.weights.shape, self)
+    return errors_of(series, split, *self.weights.shape, self)
 
 
 def fit(
@@ -102,7 +102,8 @@ def windows(series: Series, split: str, lookback: int, horizon: int):
     yield rows[:, :lookback], rows[:, lookback:], at
 
 
-def _errors(series: Series, split: str, lookback: int, horizon: int, forecast) -> Errors:
+def errors_of(series: Series, split: str, lookback: int, horizon: int, forecast) -> Errors:
+  """Errors on a split of `forecast`, [B, L, N] to [B, horizon, N]."""
   squared = absolute = count = 0.0
   for x, y, _ in windows(series, split, lookback, horizon):
     error = (forecast(x) - y).astype(np.float64)

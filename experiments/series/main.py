@@ -20,7 +20,7 @@ import rich.console
 from ml_collections import ConfigDict
 
 from experiments import allocator, config, metrics, provenance
-from experiments.series import data, linear, settings, train
+from experiments.series import data, dlinear, linear, settings, train
 
 CODE = ("trellis_jax", "pallas_kernels", "experiments")
 BASELINES = ("last", "linear", "linear_centred")
@@ -29,9 +29,8 @@ Say = Callable[[str], None]
 
 def labels(cfg: ConfigDict, series: data.Series, model: str = "") -> dict[str, Any]:
   """What tells a run from the others of a table, apart from its seed."""
-  model = model or ",".join(config.mixer_pattern(cfg.model))
-  if model not in BASELINES and not cfg.model.num_layers:
-    model = "linear_cycle"
+  if not model:
+    model = ",".join(config.mixer_pattern(cfg.model)) if cfg.model.num_layers else "linear_cycle"
   return {"dataset": series.name, "horizon": cfg.horizon, "model": model}
 
 
@@ -43,13 +42,13 @@ def record(cfg: ConfigDict, series: data.Series, command: str, say: Say) -> dict
   return {
     "labels": labels(cfg, series),
     "seed": cfg.seed,
-    **_errors(result.validation, result.test),
+    **errors(result.validation, result.test),
     "start_validation_mse": round(result.start.mse, 5),
     "best_step": result.best_step,
     "steps": result.steps,
     "curve": [(n, round(mse, 4)) for n, mse in result.curve],
     "parameters": result.parameters,
-    **_origin(begin, command),
+    **origin(begin, command),
     "settings": settings.decisive(cfg),
   }
 
@@ -60,20 +59,33 @@ def baselines(cfg: ConfigDict, series: data.Series, command: str) -> list[dict[s
   for name in BASELINES:
     begin = time.perf_counter()
     if name == "last":
-      errors = [linear.repeat_last(series, s, cfg.lookback, cfg.horizon) for s in data.SPLITS[1:]]
+      found = [linear.repeat_last(series, s, cfg.lookback, cfg.horizon) for s in data.SPLITS[1:]]
       more = {}
     else:
       fitted = linear.fit(series, cfg.lookback, cfg.horizon, centred=name == "linear_centred")
-      errors = [fitted.errors(series, split) for split in data.SPLITS[1:]]
+      found = [fitted.errors(series, split) for split in data.SPLITS[1:]]
       more = {"ridge": fitted.ridge}
-    about = settings.decisive(cfg)
-    about = {"lookback": about["lookback"], "data": about["data"]}
-    line = {"labels": labels(cfg, series, name), "seed": None, **_errors(*errors), **more}
-    lines.append(line | _origin(begin, command) | {"settings": about})
+    line = {"labels": labels(cfg, series, name), "seed": None, **errors(*found), **more}
+    lines.append(line | origin(begin, command) | {"settings": settings.windows(cfg)})
   return lines
 
 
-def _errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
+def dlinear_record(cfg: ConfigDict, series: data.Series, command: str) -> dict[str, Any]:
+  """The line of a DLinear trained by its authors' recipe, on the config's windows."""
+  begin = time.perf_counter()
+  result = dlinear.train(series, cfg.lookback, cfg.horizon, cfg.seed)
+  return {
+    "labels": labels(cfg, series, dlinear.NAME),
+    "seed": cfg.seed,
+    **errors(result.validation, result.test),
+    "best_epoch": result.best_epoch,
+    "epochs": result.epochs,
+    **origin(begin, command),
+    "settings": settings.windows(cfg) | dlinear.settings(series),
+  }
+
+
+def errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
   """Errors as they go into a line."""
   return {
     "mse": round(test.mse, 5),
@@ -82,7 +94,7 @@ def _errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
   }
 
 
-def _origin(begin: float, command: str) -> dict[str, Any]:
+def origin(begin: float, command: str) -> dict[str, Any]:
   """Where a line comes from."""
   return {
     "seconds": round(time.perf_counter() - begin, 1),

@@ -70,3 +70,9 @@ def decisive(cfg: ConfigDict) -> dict[str, Any]:
     pathlib.Path(fields["data"].pop("path")).expanduser().read_bytes()
   ).hexdigest()[:16]
   return fields
+
+
+def windows(cfg: ConfigDict) -> dict[str, Any]:
+  """What of a config decides the windows, and with it what is not ours to set up."""
+  fields = decisive(cfg)
+  return {"lookback": fields["lookback"], "data": fields["data"]}

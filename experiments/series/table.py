@@ -16,6 +16,7 @@ from typing import Any
 import tabulate
 
 from experiments import metrics, provenance
+from experiments.series import dlinear
 from experiments.series.published import (
   AVERAGES,
   BY_HORIZON,
@@ -71,7 +72,7 @@ def spread(values: Iterable[float]) -> str:
 
 def models(lines: Lines) -> list[str]:
   """Our models: the one in question first, then the other mixers, then forecasts without one."""
-  plain = ("linear_cycle", "linear_centred", "linear", "last")
+  plain = ("linear_cycle", "linear_centred", "linear", dlinear.NAME, "last")
   found = {line["labels"]["model"] for line in lines} | {OURS}
   return [OURS, *sorted(found - {OURS, *plain}), *(m for m in plain if m in found)]
 
@@ -98,13 +99,26 @@ def horizons(lines: Lines) -> str:
       row = [dataset, str(horizon)]
       for metric in METRICS:
         row.append(spread(line[metric] for line in select(here, model=OURS)))
-      for model in ("linear", "last"):
+      for model in ("linear", dlinear.NAME, "last"):
         row.append(" ".join(spread(line[m] for line in select(here, model=model)) for m in METRICS))
       for model in BY_HORIZON:
         row.append(" ".join(f"{x:.3f}" for x in by_horizon(model, dataset, horizon)))
       body.append(row)
-  names = ["dataset", "horizon", f"{OURS} MSE", f"{OURS} MAE", "linear, ours", "last, ours"]
+  names = ["dataset", "horizon", f"{OURS} MSE", f"{OURS} MAE", "linear, ours"]
+  names += [f"{dlinear.NAME}, ours", "last, ours"]
   return _table(body, [*names, *(f"{model}, published" for model in BY_HORIZON)])
+
+
+def parity(lines: Lines) -> list[str]:
+  """How far the rival, trained here, is from what was published of it, one sentence a series."""
+  said = []
+  for dataset in DATASETS:
+    if mine := ours(lines, dlinear.NAME, dataset):
+      theirs = average(RIVAL, dataset)
+      off = " and ".join(f"{100 * (a / b - 1):+.1f}%" for a, b in zip(mine, theirs))
+      numbers = [f"{mse:.3f} and {mae:.3f}" for mse, mae in (mine, theirs)]
+      said.append(f"{dataset}: {RIVAL} {numbers[0]} here, {numbers[1]} published: {off}.")
+  return said
 
 
 def verdicts(lines: Lines) -> list[str]:
@@ -145,12 +159,17 @@ compared by their validation errors at horizon 96 with the test errors in view: 
 units of the window was tried after a poor test error on weather. Every line of the .jsonl files
 beside this page has its settings, git revision and command.
 `linear_cycle` is the forecaster without blocks: a learned daily cycle and one linear map of the
-window; `linear` and `linear_centred` are closed forms, `last` repeats the last value.
+window; `linear` and `linear_centred` are closed forms, `dlinear` is DLinear trained here by its
+authors' recipe, `last` repeats the last value.
 
 Seeds of {OURS}: {seeds}; {size} parameters. Ours: mean over seeds (least-most).
 Revisions: {revisions}.
 
 {_bullets(verdicts(lines))}
+
+Average MSE and MAE of {RIVAL}, trained here by its authors' recipe:
+
+{_bullets(parity(lines)) or NOT_RUN}
 
 ## Averages over horizons 96, 192, 336, 720
 
