@@ -328,7 +328,7 @@ def test_recall_has_a_curve_for_every_study_over_pairs(tmp_path):
   save(tmp_path / "study" / "mqar_noise.jsonl", lines)
   built = tables.build("mqar", tmp_path)
   assert "0.29 (0.04-0.54) 10" in built.text and ".." in built.text
-  assert built.status == "mqar_noise: 4 of 126 settings"
+  assert built.status == "mqar_noise: 4 of 135 settings"
   assert set(built.figures) == {"mqar_noise", "mqar_noise_steps"}
   panels = built.figures["mqar_noise_steps"].axes
   assert [ax.get_title() for ax in panels] == ["4 pairs, n 8", "4 pairs, n 16"]

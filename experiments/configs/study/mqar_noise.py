@@ -9,10 +9,10 @@ the rivals keys n and values 2 n wide, or the other way round ("keys 2n"). All h
 convolutions of 4 taps: without `conv_decay` those of Trellis's keys start at 2^-j, all others at
 the present token alone. "trellis" is the library's default, linearised chunks of 64, here one
 chunk; "learned start" has a memory to start from that is learned, at first N(0, 1/4^2), a parameter
-and no part of the 2 n^2; "g<1/2" bounds its steps, which start at 1/4 then; "plain" has no
-convolutions of values and codes, values of length 1 and forget gates from .98, and so have the rows
-that name their C, which read through LN-SiLU. What C > 1 keeps beside the memories, those at the
-start of the chunk, is not counted.
+and no part of the 2 n^2; "g<1/2" bounds its steps, which start at 1/4 then; "no gate" reads as
+linear attention does, without a gate; "plain" has no convolutions of values and codes, values of
+length 1 and forget gates from .98, and so have the rows that name their C, which read through
+LN-SiLU. What C > 1 keeps beside the memories, those at the start of the chunk, is not counted.
 """
 
 from experiments.configs import default, mqar
@@ -35,6 +35,8 @@ def models(n: int):
   short = dict(wide, step_scale=0.5, step_init=0.25)
   yield "trellis M=n/2 g<1/2", "trellis", short
   yield "trellis M=n/2 g<1/2 learned start", "trellis", short | learned
+  ungated = short | learned | dict(gate="none")
+  yield "trellis M=n/2 g<1/2 learned start no gate", "trellis", ungated
   plain = slots | default.PLAIN
   yield "trellis plain", "trellis", plain
   yield "trellis C=16 linearised", "trellis", dict(plain, chunk_size=16, phi_out="ln_silu")
