@@ -105,5 +105,5 @@ def test_dlinear_approaches_the_closed_form_and_repeats_itself(monkeypatch):
     < linear.repeat_last(series, "validation", 16, 5).mse
   )
   assert 1 <= got.best_epoch <= got.epochs <= dlinear.EPOCHS
-  with pytest.raises(ValueError, match="some has 3 train windows, less than a batch of dlinear"):
+  with pytest.raises(ValueError, match="some has 3 train windows, but a batch of dlinear takes 4"):
     dlinear.train(series, 192, 6, 0)

@@ -94,7 +94,10 @@ def train(series: Series, lookback: int, horizon: int, seed: int) -> Result:
   chosen, rng = recipe(series), np.random.default_rng(seed)
   starts = series.starts("train", lookback, horizon)
   if len(starts) < chosen.batch_size:
-    raise ValueError(f"{series.name} has {len(starts)} train windows, less than a batch of {NAME}")
+    raise ValueError(
+      f"{series.name} has {len(starts)} train windows, but a batch of {NAME} takes"
+      f" {chosen.batch_size}"
+    )
   params = init(jax.random.key(seed), lookback, horizon)
   optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=chosen.learning_rate)
   state, best, bad = optimizer.init(params), None, 0
