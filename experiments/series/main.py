@@ -42,13 +42,13 @@ def record(cfg: ConfigDict, series: data.Series, command: str, say: Say) -> dict
   return {
     "labels": labels(cfg, series),
     "seed": cfg.seed,
-    **errors(result.validation, result.test),
+    **_errors(result.validation, result.test),
     "start_validation_mse": round(result.start.mse, 5),
     "best_step": result.best_step,
     "steps": result.steps,
     "curve": [(n, round(mse, 4)) for n, mse in result.curve],
     "parameters": result.parameters,
-    **origin(begin, command),
+    **_origin(begin, command),
     "settings": settings.decisive(cfg),
   }
 
@@ -65,8 +65,8 @@ def baselines(cfg: ConfigDict, series: data.Series, command: str) -> list[dict[s
       fitted = linear.fit(series, cfg.lookback, cfg.horizon, centred=name == "linear_centred")
       found = [fitted.errors(series, split) for split in data.SPLITS[1:]]
       more = {"ridge": fitted.ridge}
-    line = {"labels": labels(cfg, series, name), "seed": None, **errors(*found), **more}
-    lines.append(line | origin(begin, command) | {"settings": settings.windows(cfg)})
+    line = {"labels": labels(cfg, series, name), "seed": None, **_errors(*found), **more}
+    lines.append(line | _origin(begin, command) | {"settings": settings.windows(cfg)})
   return lines
 
 
@@ -77,15 +77,15 @@ def dlinear_record(cfg: ConfigDict, series: data.Series, command: str) -> dict[s
   return {
     "labels": labels(cfg, series, dlinear.NAME),
     "seed": cfg.seed,
-    **errors(result.validation, result.test),
+    **_errors(result.validation, result.test),
     "best_epoch": result.best_epoch,
     "epochs": result.epochs,
-    **origin(begin, command),
+    **_origin(begin, command),
     "settings": settings.windows(cfg) | dlinear.settings(series),
   }
 
 
-def errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
+def _errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
   """Errors as they go into a line."""
   return {
     "mse": round(test.mse, 5),
@@ -94,7 +94,7 @@ def errors(validation: linear.Errors, test: linear.Errors) -> dict[str, float]:
   }
 
 
-def origin(begin: float, command: str) -> dict[str, Any]:
+def _origin(begin: float, command: str) -> dict[str, Any]:
   """Where a line comes from."""
   return {
     "seconds": round(time.perf_counter() - begin, 1),
