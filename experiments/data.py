@@ -146,7 +146,7 @@ def loader(
     seq_len: T, tokens per row.
     batch_size: rows per step of this process.
     seed: of the order of rows, which differs from epoch to epoch.
-    shuffle: whether to shuffle; else the rows come in the file's order.
+    shuffle: whether to shuffle, but for rows that say `in_order`; else they come in their order.
     repeat: whether to go on for ever; else the iterator ends after one epoch, and rows of padding
       (segment id 0, weight 0) fill the last step, so that nothing is dropped.
     packing: "documents" or "concat", see packing.Rows.
@@ -166,7 +166,7 @@ def loader(
     raise UserError(f"process_index={process_index} must be in [0, process_count={process_count})")
   rows = split.rows(seq_len, packing, align)
   dataset = grain.MapDataset.source(rows)
-  if shuffle:
+  if shuffle and not getattr(rows, "in_order", False):
     # grain adds the epoch to the seed: unhashed, seed 0's epoch 1 would be seed 1's epoch 0.
     hashed = hashlib.sha256(str(seed).encode()).digest()
     dataset = dataset.shuffle(seed=int.from_bytes(hashed[:4]))

@@ -48,19 +48,12 @@ class Essay:
     return " ".join(words[:at]), " ".join(words[at:])
 
 
-def load(path: str, split: str = "") -> Essay:
-  """The text of a file or folder (see corpus.open_corpus), file after file by name.
-
-  Args:
-    path: of a corpus.
-    split: of which the text is taken; "" is all.
-  """
+def load(path: str) -> Essay:
+  """The text of a file or folder (see corpus.open_corpus), file after file by name."""
   found = corpus.open_corpus(path)
   found = corpus.Corpus(path, tuple(sorted(found.files, key=lambda f: f.name)), found.text_field)
   pieces, size = [], 0
   for document in found.documents():
-    if split and document.split != split:
-      continue
     pieces.append(document.text)
     if (size := size + len(document.text)) >= MAX_CHARACTERS:
       break

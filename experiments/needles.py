@@ -61,16 +61,27 @@ class Sample:
   length: int
 
 
-def render(kind: str, key: str, answer: str, before: str, after: str) -> tuple[str, str]:
-  """(prompt, prefix) of a needle between two stretches of haystack; an empty answer is none."""
+def render(
+  kind: str, key: str, answer: str, before: str, after: str, asked: bool = True
+) -> tuple[str, str]:
+  """(prompt, prefix) of a needle between two stretches of haystack.
+
+  Args:
+    kind: of KINDS.
+    key, answer: of the needle; an empty answer is no needle.
+    before, after: the haystack.
+    asked: whether the prompt says what is hidden, and asks for it.
+  """
   haystack, value = KINDS[kind]
   parts = [before, after]
   if answer:
     parts.insert(1, NEEDLE.format(value=value, key=key, answer=answer))
   # Lines of noise, none of them empty; an essay's stretches may be.
   context = "\n".join(filter(None, parts)) if haystack == "noise" else " ".join(parts)
-  question = QUESTION.format(value=value, key=key)
-  return ABOUT.format(value=value) + context + question, PREFIX.format(value=value, key=key)
+  prefix = PREFIX.format(value=value, key=key)
+  if not asked:
+    return context, prefix
+  return ABOUT.format(value=value) + context + QUESTION.format(value=value, key=key), prefix
 
 
 def key(rng: np.random.Generator, words: tuple[list[str], list[str]]) -> str:

@@ -197,49 +197,114 @@ KNOBS = {
   "haystack": "",
   "words": "",
   "tokenizer": "byte",
-  "min_length": 400,
+  "min_length": 100,
   "answer_only": True,
+  "grow_examples": 0,
   "train_examples": 50,
   "held_out_examples": 10,
   "seed": 0,
 }
 
 
+def _segments(row):
+  """(tokens, targets, weights) of each of a row's samples."""
+  ids = row["segment_ids"]
+  for number in range(1, ids.max() + 1):
+    yield tuple(row[name][ids == number] for name in ("tokens", "targets", "weights"))
+
+
 @pytest.mark.parametrize("answer_only", [True, False])
-def test_rows_teach_the_answer(tmp_path, answer_only):
+def test_rows_teach_the_answers(tmp_path, answer_only):
   (tmp_path / "story.txt").write_text(STORY)
   knobs = niah.Config(**KNOBS | {"haystack": str(tmp_path), "answer_only": answer_only})
   rows = niah.Rows(knobs, "train", 1200)
   assert (len(rows), len(niah.Rows(knobs, "test", 1200)), knobs.vocab_size) == (50, 10, 257)
-  sizes, begins = [], set()
+  first, sizes, begins, said = [], [], set(), set()
   for i in range(50):
     row = rows[i]
-    used = int(row["segment_ids"].sum())
-    tokens, targets = row["tokens"], row["targets"]
-    np.testing.assert_array_equal(tokens[1:used], targets[: used - 1])
-    assert tokens[0] == targets[used - 1] == BYTES.eos_id and not row["weights"][used:].any()
-    text = BYTES.decode(tokens[:used].tolist())
-    assert ("uuid" in text) == (i % 2 == 1)
-    head, answer = text.rsplit("provided text is", 1)
-    assert re.search(rf"is: {re.escape(answer.strip())}", head)  # the needle's own words
-    learned = BYTES.decode(targets[row["weights"] > 0].tolist())
-    assert learned == (answer if answer_only else text)
-    sizes.append(used)
-    if "uuid" in text:
-      begins.add(text.split("\n")[1].split()[0])
-  assert min(sizes) < 550 and 1000 < max(sizes) <= 1200
+    used = int((row["segment_ids"] > 0).sum())
+    assert used > 900 and not row["weights"][used:].any()
+    for j, (tokens, targets, weights) in enumerate(_segments(row)):
+      np.testing.assert_array_equal(tokens[1:], targets[:-1])
+      assert tokens[0] == targets[-1] == BYTES.eos_id
+      text = BYTES.decode(tokens.tolist())
+      assert ("uuid" in text) == ((i + j) % 2 == 1)
+      head, answer = text.rsplit("provided text is", 1)
+      assert re.search(rf"is: {re.escape(answer.strip())}", head)  # the needle's own words
+      assert BYTES.decode(targets[weights > 0].tolist()) == (answer if answer_only else text)
+      assert answer not in said
+      said.add(answer)
+      sizes.append(len(tokens))
+      first += [len(tokens)] if j == 0 else []
+      if "uuid" in text and "quiz" in text:
+        begins.add(text.split("\n")[1].split()[0])
+  assert min(first) < 200 and 1000 < max(first) <= 1200 and 300 < np.median(first) < 700
+  assert min(sizes) < 170 and np.median(sizes) < 400 and len(sizes) > 100
   assert len(begins) > 5
+
+
+def test_a_sample_that_is_too_short_for_the_question_goes_without_it():
+  generator = _generator(bare=True, new_tokens=12)
+  asked = _generator(new_tokens=12).shortest(0)
+  assert generator.sample(0, asked) == _generator(new_tokens=12).sample(0, asked)
+  short = generator.sample(0, asked - 1)
+  assert short.length <= asked - 1 and "quiz" not in short.prompt and "What is" not in short.prompt
+  assert needles.LINE in short.prompt and short.answer in short.prompt
+  assert short.prefix == generator.sample(0, asked).prefix
+  needle = generator.sample(0, generator.shortest(0))
+  assert (
+    needle.prompt == f"One of the special magic numbers for {_key(needle)} is: {needle.answer}."
+  )
+
+
+def _key(sample):
+  return re.search(r"number for (\S+) mentioned", sample.prefix)[1]
+
+
+def test_samples_grow_and_kinds_join_from_row_to_row(tmp_path):
+  (tmp_path / "story.txt").write_text(STORY)
+  kinds = "niah_single_1, niah_single_2"
+  knobs = dict(kinds=kinds, haystack=str(tmp_path), min_length=32, grow_examples=40)
+  config = niah.Config(**KNOBS | knobs)
+  rows = niah.Rows(config, "train", 1200)
+  samples = [[t for t, *_ in _segments(rows[i])] for i in range(50)]
+  longest = [max(map(len, row)) for row in samples]
+  # A bare needle has about 150 bytes, whatever is asked for.
+  assert max(longest[:10]) < 180 and max(longest[:25]) < 400 and max(longest[40:]) > 900
+  assert [rows.longest(i) for i in (0, 20, 40, 49)] == [32, 79, 1200, 1200]  # 32^.75 1200^.25
+  numbers = [len(rows.generators_of(i)) for i in range(50)]
+  assert numbers == [1] * 20 + [2] * 30
+  held_out = niah.Rows(config, "validation", 1200)
+  assert held_out.longest(0) == 1200 and len(held_out.generators_of(0)) == 2
+  assert rows.in_order and not held_out.in_order
+
+
+def test_rows_that_grow_are_not_shuffled():
+  def first(grow):
+    config = niah.Config(**KNOBS | {"kinds": "niah_single_1", "grow_examples": grow})
+    split = tasks.Split("niah", config, "train")
+    batches = data.loader(split, seq_len=1200, batch_size=2)
+    rows = split.rows(1200)
+    return [[batch["tokens"].tolist() for _, batch in zip(range(2), batches)]] + [
+      [[rows[2 * step + i]["tokens"].tolist() for i in range(2)] for step in range(2)]
+    ]
+
+  loaded, in_order = first(40)
+  assert loaded == in_order
+  loaded, in_order = first(0)
+  assert loaded != in_order
 
 
 @pytest.mark.parametrize(
   "knobs, seq_len, words",
   [
     ({}, 1200, "niah_single_3 hides its needle in an essay"),
-    ({"kinds": "niah_single_1"}, 300, "length=300 is too short for niah_single_1"),
+    ({"kinds": "niah_single_1"}, 100, "length=100 is too short for niah_single_1"),
     ({"kinds": "sums"}, 1200, "kind 'sums' is unknown"),
     ({"tokenizer": "/nowhere.json"}, 1200, "tokenizer '/nowhere.json' does not exist"),
     ({"min_length": 0}, 1200, "data.niah.min_length=0; accepted is at least 1"),
     ({"seed": -1}, 1200, "data.niah.seed=-1; accepted is at least 0"),
+    ({"grow_examples": -1}, 1200, "data.niah.grow_examples=-1; accepted is at least 0"),
   ],
 )
 def test_a_task_that_does_not_fit_is_one_sentence(knobs, seq_len, words):

@@ -79,6 +79,32 @@ def test_rows_run_once_and_a_line_says_where_its_numbers_are_from(
   assert "eta of all 0:00" in capsys.readouterr().out
 
 
+def test_a_row_on_needles_has_the_texts_tokenizer_and_no_path_in_its_line(
+  text, monkeypatch, tmp_path
+):
+  class Needles:
+    @staticmethod
+    def rows(scale):
+      row = next(Rows.rows(scale))
+      row.config.seq_len, row.config.data.task = 512, "niah"
+      row.config.data.niah.update(kinds="niah_single_2", min_length=32, grow_examples=1)
+      yield row
+
+  monkeypatch.setattr(run, "get", lambda name: Needles)
+  monkeypatch.chdir(tmp_path)
+  argv = command(text, "--rates=1", f"--tasks={text}", "--score_tokens=1024")
+  assert run.main(argv) == 0
+  (one,) = lines_lib.read(tmp_path / "rows.jsonl", lines_lib.FIELDS)
+  assert one["corpus"] == "text" and one["settings"]["data"]["task"] == "niah"
+  assert "haystack" not in one["settings"]["data"]["niah"]
+  assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
+  # Answers of 7 digits with " " and "." and the end, which has no byte, in two rows of 512.
+  assert one["test"]["tokens"] % 10 == 0 and 20 <= one["test"]["tokens"] <= 60
+  assert one["test"]["bytes"] == 0.9 * one["test"]["tokens"]
+  monkeypatch.setattr(run, "_train_and_score", None)
+  assert run.main(argv) == 0
+
+
 def test_runs_of_a_row_in_one_program_are_what_they_are_alone(text, monkeypatch, tmp_path):
   monkeypatch.setattr(run, "get", lambda name: Rows)
   monkeypatch.chdir(tmp_path)

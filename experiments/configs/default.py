@@ -68,6 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.niah.tokenizer = "byte"  # or a tokenizer.json
   cfg.data.niah.min_length = 512  # tokens of the shortest samples; the longest fill a row
   cfg.data.niah.answer_only = True  # whether the answers' tokens alone count in the loss
+  cfg.data.niah.grow_examples = 0  # rows over which the longest samples grow; 0 = none
   cfg.data.niah.train_examples = 100_000  # rows, then they come again in another order
   cfg.data.niah.held_out_examples = 500  # rows of the validation and of the test split
   cfg.data.niah.seed = 0  # of all examples, whatever the run's seed

@@ -102,7 +102,7 @@ def scorer(
     perplexity.predict(graphdef),
     batches=batches,
     seq_len=length,
-    token_bytes=tokenise.token_bytes(job.dataset.tokenizer),
+    token_bytes=tokenise.token_bytes(runs.tokenizer(job)),
   )
 
   def score(params: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def scorer(
 
 
 def own_scorer(job: train.Job, split: str, max_tokens: int) -> Callable[[Any], dict[str, Any]]:
-  """`scorer` of a split of the run's own text, in windows like those that it is trained on."""
+  """`scorer` of a split of the run's own text or task, in rows like those that it is trained on."""
   cfg = job.cfg
   cell = {"length": cfg.seq_len, "packing": cfg.data.packing, "max_tokens": max_tokens}
   return scorer(job, open_text(job, "", split), cell, cfg.batch_size * cfg.seq_len)

@@ -89,10 +89,20 @@ def chosen(module, args: argparse.Namespace) -> list[base.Row]:
     cfg.workdir = str(args.workdir / "unsaved")  # a run that saves has a folder of its own
     if args.data:
       cfg.data.path = args.data
+    if cfg.data.task == "niah":  # in the tokens of the text
+      cfg.data.niah.haystack = args.tasks
+      cfg.data.niah.tokenizer = str(text_of(row).test.path.with_name("tokenizer.json"))
     if args.tokens:
       cfg.steps = max(1, round(args.tokens / (cfg.batch_size * cfg.seq_len)))
       cfg.optim.warmup_steps = cfg.steps // 10
   return rows
+
+
+def text_of(row: base.Row) -> data.Dataset:
+  """A row's text, prepared here when absent; a row on needles has its tokenizer."""
+  section = row.config.data.copy_and_resolve_references()
+  section.task = ""
+  return data.load_text(section)
 
 
 def settings(cfg) -> dict[str, Any]:
@@ -100,6 +110,8 @@ def settings(cfg) -> dict[str, Any]:
   found = study.settings(cfg)
   for name in ("path", "text_field"):
     found["data"].pop(name)
+  for name in ("haystack", "tokenizer"):  # paths too
+    found["data"].get("niah", {}).pop(name, None)
   found["optim"].pop("end_lr_ratio")  # the last rate is the same at all rates
   return found
 
@@ -124,12 +136,11 @@ def pending(rows: list[base.Row], args: argparse.Namespace, lines: list[lines_li
 def identity(row: base.Row, args: argparse.Namespace) -> dict[str, Any]:
   """What a line must agree on to stand for a row."""
   cfg = row.config
-  text = data.load_text(cfg.data).test.header  # prepared here when absent
   return {
     "labels": row.labels,
     "scale": args.scale,
     "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
-    "corpus_digest": text.corpus_digest,
+    "corpus_digest": text_of(row).test.header.corpus_digest,
     "score_tokens": args.score_tokens,
     "settings": settings(cfg),
   }
@@ -217,14 +228,14 @@ def _about(
   name: str, row: base.Row, line: lines_lib.Line, args: argparse.Namespace
 ) -> dict[str, Any]:
   """What a line says of its model, its text and how it is made again."""
-  cfg, job = row.config, train.prepare(row.config)
+  cfg, job, text = row.config, train.prepare(row.config), text_of(row).test.header
   return {
     "steps": cfg.steps,
     "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(job.lm, nnx.Param))),
     "state_floats": job.lm.state_size(),
     "flops": 3 * cfg.steps * cfg.batch_size * job.lm.flops(cfg.seq_len),
-    "corpus": pathlib.Path(job.dataset.test.header.corpus).name,
-    "tokenizer": job.dataset.test.header.tokenizer,
+    "corpus": pathlib.Path(text.corpus).name,
+    "tokenizer": text.tokenizer,
     "command": _command(name, row, line["seed"], args),
   }
 

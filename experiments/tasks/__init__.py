@@ -2,8 +2,9 @@
 
 A task's file holds `Config`, a frozen dataclass of its knobs with `vocab_size` among them, and
 `Rows(config, split, seq_len)`: a split's examples by their number, each a dict of [T] arrays as
-data.loader describes them, `len()` of them, and `blank()`, a row of padding. `NAME_check.py` says
-whether examples, ours or others', follow the protocol of NAME.
+data.loader describes them, `len()` of them, and `blank()`, a row of padding; `in_order` where they
+may not be shuffled. `NAME_check.py` says whether examples, ours or others', follow the protocol of
+NAME.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.corpus import SPLITS
 from experiments.errors import UserError
 
 
@@ -62,6 +64,11 @@ class TaskDataset:
   @property
   def test(self) -> Split:
     return Split(self.task, self.config, "test")
+
+  @property
+  def splits(self) -> dict[str, Split]:
+    """The three splits by name."""
+    return {split: getattr(self, split) for split in SPLITS}
 
   @property
   def vocab_size(self) -> int:

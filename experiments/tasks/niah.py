@@ -5,10 +5,12 @@ needles.py has the words. The haystack of every sample is the longest with which
 the tokens to generate fit into the length. (The original steps by 500 words, or 25 lines, for all
 samples at once: lengths have two modes, and where not even one step fits it never ends.)
 
-As a task to train on, a row is a sample with its answer, of a length drawn evenly on a logarithmic
-scale; its haystack begins at a random word, for were it always the first, as in what is scored, a
-model would learn that text by heart. Sample i is drawn by a generator of its own, seeded by
-(seed, kind, split, i).
+As a task to train on, a row is filled with samples and their answers, each a segment of its own.
+The first has a length drawn evenly on a logarithmic scale, the others are mostly short; the
+shortest are a needle, few words and the prefix, without the question. Copying is learned over a few
+tokens, and then over more and more: so the longest samples may grow from row to row. A haystack
+begins at a random word, for were it always the first, as in what is scored, a model would learn
+that text by heart. Sample i is drawn by a generator of its own, seeded by (seed, kind, split, i).
 """
 
 import dataclasses
@@ -37,6 +39,7 @@ class Generator:
     seed: int = 0,
     split: str = "test",
     anywhere: bool = False,
+    bare: bool = False,
   ):
     """Samples of a kind.
 
@@ -48,6 +51,7 @@ class Generator:
       new_tokens: room for the answer.
       seed, split: of the samples.
       anywhere: whether the haystack begins at a random word of the essay, and not at its first.
+      bare: whether a sample that is too short for the question goes without it.
 
     Raises:
       UserError: an unknown kind, or one that needs an essay and has none.
@@ -58,12 +62,12 @@ class Generator:
       raise UserError(f"{kind} hides its needle in an essay, but no haystack of text is given")
     self.kind, self.tokenizer = kind, tokenizer
     self.essay, self.words, self.new_tokens = essay, words, new_tokens
-    self.anywhere = anywhere
+    self.anywhere, self.bare = anywhere, bare
     self.seed = [seed, list(needles.KINDS).index(kind), corpus.SPLITS.index(split)]
 
   def shortest(self, number: int) -> int:
     """The length of a sample without haystack."""
-    return self._drawn(number)(0).length
+    return self._drawn(number, bare=self.bare)(0).length
 
   def sample(self, number: int, length: int, needle: bool = True) -> needles.Sample:
     """The sample with the most haystack in `length` tokens.
@@ -78,6 +82,9 @@ class Generator:
     """
     attempt = self._drawn(number, needle)
     best = attempt(0)
+    if best.length > length and self.bare:
+      attempt = self._drawn(number, needle, bare=True)
+      best = attempt(0)
     if best.length > length:
       raise UserError(
         f"length={length} is too short for {self.kind}; accepted is at least {best.length}: what"
@@ -99,15 +106,9 @@ class Generator:
       guess = (fits + too_long) // 2 if turn % 3 == 0 else guess
     return best
 
-  def spread(self, number: int, least: int, most: int, share: float) -> needles.Sample:
-    """The sample at `share`, 0 to 1, of the lengths from `least` to `most` on a logarithmic scale.
-
-    The shortest is longer than `least` where what is asked takes more.
-    """
-    least = min(max(least, self.shortest(number)), most)
-    return self.sample(number, round(least ** (1 - share) * most**share))
-
-  def _drawn(self, number: int, needle: bool = True) -> Callable[[int], needles.Sample]:
+  def _drawn(
+    self, number: int, needle: bool = True, bare: bool = False
+  ) -> Callable[[int], needles.Sample]:
     """The sample as a function of how many lines or words of haystack it has."""
     rng = np.random.default_rng([*self.seed, number])
     key, answer = needles.key(rng, self.words), needles.value(rng, self.kind)
@@ -121,7 +122,8 @@ class Generator:
         before, after = ("\n".join([needles.LINE] * n) for n in (first, units - first))
       else:
         before, after = self.essay.cut(units, depth, start)
-      prompt, prefix = needles.render(self.kind, key, answer if needle else "", before, after)
+      said = answer if needle else ""
+      prompt, prefix = needles.render(self.kind, key, said, before, after, asked=not bare)
       tokens = len(self.tokenizer.encode(prompt + prefix))
       return needles.Sample(self.kind, prompt, prefix, answer, tokens + self.new_tokens)
 
@@ -141,12 +143,15 @@ class Config:
   """The knobs of the task.
 
   Attributes:
-    kinds: names of needles.KINDS, separated by commas; the samples take turns.
+    kinds: names of needles.KINDS, separated by commas; the samples take turns. Where they grow, the
+      kinds join in their order, evenly over that time.
     haystack: a text for the kinds that need one, see corpus.open_corpus.
     words: a folder of lists that keys are made of; "" is our own, see needles.words_of.
     tokenizer: "byte", or the path of a tokenizer.json.
-    min_length: tokens of the shortest samples; the longest fill a row.
+    min_length: tokens of the shortest samples, with room for the answer; the longest fill a row.
     answer_only: whether the answers' tokens alone are learned, or the texts too.
+    grow_examples: rows of the train split, then in their order, over which the longest samples grow
+      from `min_length` to a row, slowly at first; 0 is all lengths from the start.
     train_examples: rows of the train split.
     held_out_examples: rows of the validation split, and of the test split.
     seed: of all examples.
@@ -158,6 +163,7 @@ class Config:
   tokenizer: str
   min_length: int
   answer_only: bool
+  grow_examples: int
   train_examples: int
   held_out_examples: int
   seed: int
@@ -165,7 +171,7 @@ class Config:
   def __post_init__(self):
     """Raises UserError for the first knob that does not fit."""
     at_least(1, "data.niah", self, "min_length", "train_examples", "held_out_examples")
-    at_least(0, "data.niah", self, "seed")
+    at_least(0, "data.niah", self, "grow_examples", "seed")
 
   @functools.cached_property
   def loaded(self) -> tokenise.Tokenizer:
@@ -178,7 +184,7 @@ class Config:
 
 
 class Rows:
-  """Random access to a split's samples, each in a row of T tokens with its answer."""
+  """Random access to a split's rows of T tokens, filled with samples and their answers."""
 
   def __init__(self, config: Config, split: str, seq_len: int):
     """Raises UserError when no sample fits into a row, or what samples are made of is missing."""
@@ -186,30 +192,62 @@ class Rows:
     essay = essays.load(config.haystack) if config.haystack else None
     knobs = dict(words=needles.words_of(config.words), seed=config.seed, split=split)
     room = ANSWER_BYTES + 3  # for " ANSWER." and the end; a token has a byte at least
-    knobs |= dict(essay=essay, anywhere=True, new_tokens=room)
+    knobs |= dict(essay=essay, anywhere=True, bare=True, new_tokens=room)
     kinds = [kind.strip() for kind in config.kinds.split(",")]
     self.generators = [Generator(kind, self.tokenizer, **knobs) for kind in kinds]
     self.split = corpus.SPLITS.index(split)
     self.length = config.train_examples if split == "train" else config.held_out_examples
+    self.grow = config.grow_examples if split == "train" else 0
     for generator in self.generators:
       generator.sample(0, seq_len)
+
+  @property
+  def in_order(self) -> bool:
+    """Whether a row must come after those before it."""
+    return self.grow > 0
 
   def __len__(self) -> int:
     return self.length
 
+  def grown(self, row: int) -> float:
+    """How far the samples have grown, 0 to 1."""
+    return min(1.0, row / self.grow) if self.grow else 1.0
+
+  def longest(self, row: int) -> int:
+    """The tokens of a row's longest sample."""
+    share = self.grown(row) ** 2
+    return round(min(self.config.min_length, self.seq_len) ** (1 - share) * self.seq_len**share)
+
+  def generators_of(self, row: int) -> list[Generator]:
+    """Those of the kinds that have joined."""
+    return self.generators[: int(self.grown(row) * len(self.generators)) + 1]
+
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    c, tokenizer = self.config, self.tokenizer
-    generator = self.generators[row % len(self.generators)]
-    share = np.random.default_rng([c.seed, self.split, row]).random()
-    sample = generator.spread(row, c.min_length, self.seq_len, share)
-    question = tokenizer.encode(sample.prompt + sample.prefix)
-    answer = [*tokenizer.encode(f" {sample.answer}."), tokenizer.eos_id]
-    stream = np.array([tokenizer.bos_id, *question, *answer], np.int32)
-    result, used = self.blank(), len(stream) - 1
-    result["tokens"][:used], result["targets"][:used] = stream[:-1], stream[1:]
-    result["segment_ids"][:used] = 1
-    result["weights"][used - len(answer) if c.answer_only else 0 : used] = 1
+    rng = np.random.default_rng([self.config.seed, self.split, row])
+    result, used, generators = self.blank(), 0, self.generators_of(row)
+    for index in range(self.seq_len):  # a sample has a token at least
+      number = row * self.seq_len + index
+      generator = generators[(row + index) % len(generators)]
+      least, left = max(self.config.min_length, generator.shortest(number)), self.seq_len - used
+      if least > left:
+        break
+      most, u = max(least, min(self.longest(row), left)), rng.random()
+      # Evenly on a logarithmic scale; the others such that all lengths have as many tokens.
+      length = 1 / ((1 - u) / least + u / most) if index else least ** (1 - u) * most**u
+      question, answer = self._said(generator.sample(number, round(length)))
+      stream = np.array([*question, *answer], np.int32)
+      end = used + len(stream) - 1
+      result["tokens"][used:end], result["targets"][used:end] = stream[:-1], stream[1:]
+      result["segment_ids"][used:end] = index + 1
+      result["weights"][end - len(answer) if self.config.answer_only else used : end] = 1
+      used = end
     return result
+
+  def _said(self, sample: needles.Sample) -> tuple[list[int], list[int]]:
+    """The tokens of a document up to the answer, and from there to its end."""
+    tokenizer = self.tokenizer
+    question = [tokenizer.bos_id, *tokenizer.encode(sample.prompt + sample.prefix)]
+    return question, [*tokenizer.encode(f" {sample.answer}."), tokenizer.eos_id]
 
   def blank(self) -> dict[str, np.ndarray]:
     """A row of padding."""
