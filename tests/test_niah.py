@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import golden
 
-from experiments import config, data, essays, main, metrics, needles, tasks, tokenise
+from experiments import config, data, essays, haystacks, main, metrics, needles, tasks, tokenise
 from experiments.errors import UserError
 from experiments.evals import niah as retrieval
 from experiments.tasks import niah
@@ -30,7 +30,7 @@ def essay():
 
 
 def _generator(kind="niah_single_1", tokenizer=BYTES, essay=None, **knobs):
-  return niah.Generator(kind, tokenizer, essay=essay, **knobs)
+  return haystacks.Generator(kind, tokenizer, essay=essay, **knobs)
 
 
 def _parse(text, prefix):
@@ -279,6 +279,20 @@ def test_samples_grow_and_kinds_join_from_row_to_row(tmp_path):
   assert rows.in_order and not held_out.in_order
 
 
+def test_a_bpe_of_samples_has_numbers_of_few_tokens(tmp_path):
+  (tmp_path / "story.txt").write_text(STORY)
+  knobs = KNOBS | {"haystack": str(tmp_path), "tokenizer": "bpe-700", "grow_examples": 40}
+  bpe = niah.Config(**knobs).loaded
+  assert (bpe.name, bpe.vocab_size) == ("bpe-700", 700)
+  assert niah.Config(**knobs).loaded is bpe  # trained once
+  numbers = [len(bpe.encode(f" {n}")) for n in range(4_000_000, 4_900_000, 30_011)]
+  assert np.mean(numbers) < 6  # of 7 digits
+  for text in ("One of the special magic numbers", needles.LINE, "größe\n"):
+    assert bpe.decode(bpe.encode(text)) == text
+  row = niah.Rows(niah.Config(**knobs), "test", 600)[0]
+  assert " mentioned in the provided text is" in bpe.decode(row["tokens"].tolist())
+
+
 def test_rows_that_grow_are_not_shuffled():
   def first(grow):
     config = niah.Config(**KNOBS | {"kinds": "niah_single_1", "grow_examples": grow})
@@ -301,6 +315,7 @@ def test_rows_that_grow_are_not_shuffled():
     ({}, 1200, "niah_single_3 hides its needle in an essay"),
     ({"kinds": "niah_single_1"}, 100, "length=100 is too short for niah_single_1"),
     ({"kinds": "sums"}, 1200, "kind 'sums' is unknown"),
+    ({"tokenizer": "bpe-100", "kinds": "niah_single_1"}, 1200, "=100 is too small for a BPE"),
     ({"tokenizer": "/nowhere.json"}, 1200, "tokenizer '/nowhere.json' does not exist"),
     ({"min_length": 0}, 1200, "data.niah.min_length=0; accepted is at least 1"),
     ({"seed": -1}, 1200, "data.niah.seed=-1; accepted is at least 0"),

@@ -79,9 +79,7 @@ def test_rows_run_once_and_a_line_says_where_its_numbers_are_from(
   assert "eta of all 0:00" in capsys.readouterr().out
 
 
-def test_a_row_on_needles_has_the_texts_tokenizer_and_no_path_in_its_line(
-  text, monkeypatch, tmp_path
-):
+def test_a_row_on_needles_is_of_their_haystack(text, monkeypatch, tmp_path, capsys):
   class Needles:
     @staticmethod
     def rows(scale):
@@ -93,9 +91,13 @@ def test_a_row_on_needles_has_the_texts_tokenizer_and_no_path_in_its_line(
   monkeypatch.setattr(run, "get", lambda name: Needles)
   monkeypatch.chdir(tmp_path)
   argv = command(text, "--rates=1", f"--tasks={text}", "--score_tokens=1024")
+  assert run.main(argv) == 2
+  assert "at mini rows is trained on needles, whose haystack --tasks" in capsys.readouterr().err
+  argv = [arg for arg in argv if not arg.startswith("--data")]
   assert run.main(argv) == 0
   (one,) = lines_lib.read(tmp_path / "rows.jsonl", lines_lib.FIELDS)
-  assert one["corpus"] == "text" and one["settings"]["data"]["task"] == "niah"
+  assert (one["corpus"], one["tokenizer"]) == ("text", "byte")
+  assert one["settings"]["data"]["task"] == "niah"
   assert "haystack" not in one["settings"]["data"]["niah"]
   assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
   # Answers of 7 digits with " " and "." and the end, which has no byte, in two rows of 512.

@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
   cfg.data.niah.kinds = "niah_single_1"  # names, separated by commas; samples take turns
   cfg.data.niah.haystack = ""  # a text for kinds 2 and 3: a folder, files, as data.path
   cfg.data.niah.words = ""  # a folder with adjectivelist.txt and nounlist.txt; "" = our own
-  cfg.data.niah.tokenizer = "byte"  # or a tokenizer.json
+  cfg.data.niah.tokenizer = "byte"  # or "bpe-N", of N tokens, or a tokenizer.json
   cfg.data.niah.min_length = 512  # tokens of the shortest samples; the longest fill a row
   cfg.data.niah.answer_only = True  # whether the answers' tokens alone count in the loss
   cfg.data.niah.grow_examples = 0  # rows over which the longest samples grow; 0 = none

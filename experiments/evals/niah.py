@@ -27,10 +27,9 @@ import rich.console
 import rich.progress
 import tabulate
 
-from experiments import essays, needles, tokenise
+from experiments import essays, haystacks, needles, tokenise
 from experiments.errors import UserError
 from experiments.evals import decode, runs
-from experiments.tasks import niah
 
 FLAGS = {
   "kinds": ",".join(needles.KINDS),
@@ -113,7 +112,7 @@ def evaluate(cfg, given) -> None:
   generators = {}
   for cell in cells:  # refuses before the first of them is run
     kind = cell["kind"]
-    generators[kind] = niah.Generator(kind, tokenizer, essay=essay, words=words)
+    generators[kind] = haystacks.Generator(kind, tokenizer, essay=essay, words=words)
     generators[kind].sample(0, cell["length"])
   decoder = decode.Decoder(runs.model(job, params, max(cell["length"] for cell in cells)))
   evaluator = Evaluator(generate_with(decoder), tokenizer, rows)

@@ -89,9 +89,13 @@ def chosen(module, args: argparse.Namespace) -> list[base.Row]:
     cfg.workdir = str(args.workdir / "unsaved")  # a run that saves has a folder of its own
     if args.data:
       cfg.data.path = args.data
-    if cfg.data.task == "niah":  # in the tokens of the text
-      cfg.data.niah.haystack = args.tasks
-      cfg.data.niah.tokenizer = str(text_of(row).test.path.with_name("tokenizer.json"))
+    if cfg.data.task == "niah":
+      if args.data:
+        raise UserError(
+          f"--data={args.data} is given, but at {args.scale} {args.table} is trained on needles,"
+          " whose haystack --tasks names"
+        )
+      cfg.data.path = cfg.data.niah.haystack = args.tasks
     if args.tokens:
       cfg.steps = max(1, round(args.tokens / (cfg.batch_size * cfg.seq_len)))
       cfg.optim.warmup_steps = cfg.steps // 10
@@ -99,7 +103,7 @@ def chosen(module, args: argparse.Namespace) -> list[base.Row]:
 
 
 def text_of(row: base.Row) -> data.Dataset:
-  """A row's text, prepared here when absent; a row on needles has its tokenizer."""
+  """A row's text, prepared here when absent; that of a row on needles is their haystack."""
   section = row.config.data.copy_and_resolve_references()
   section.task = ""
   return data.load_text(section)
@@ -110,8 +114,7 @@ def settings(cfg) -> dict[str, Any]:
   found = study.settings(cfg)
   for name in ("path", "text_field"):
     found["data"].pop(name)
-  for name in ("haystack", "tokenizer"):  # paths too
-    found["data"].get("niah", {}).pop(name, None)
+  found["data"].get("niah", {}).pop("haystack", None)  # a path too
   found["optim"].pop("end_lr_ratio")  # the last rate is the same at all rates
   return found
 
@@ -228,14 +231,14 @@ def _about(
   name: str, row: base.Row, line: lines_lib.Line, args: argparse.Namespace
 ) -> dict[str, Any]:
   """What a line says of its model, its text and how it is made again."""
-  cfg, job, text = row.config, train.prepare(row.config), text_of(row).test.header
+  cfg, job = row.config, train.prepare(row.config)
   return {
     "steps": cfg.steps,
     "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(job.lm, nnx.Param))),
     "state_floats": job.lm.state_size(),
     "flops": 3 * cfg.steps * cfg.batch_size * job.lm.flops(cfg.seq_len),
-    "corpus": pathlib.Path(text.corpus).name,
-    "tokenizer": text.tokenizer,
+    "corpus": pathlib.Path(text_of(row).test.header.corpus).name,
+    "tokenizer": runs.tokenizer(job).name,
     "command": _command(name, row, line["seed"], args),
   }
 

@@ -1,6 +1,6 @@
 """Table 3: RULER's S-NIAH 1 to 3 of five models of "1B", percent of the needles that are found.
 
-    python -m experiments.tables.run table3 --scale=mini --data=FOLDER --tasks=FOLDER
+    python -m experiments.tables.run table3 --scale=mini --tasks=FOLDER --rates=1
     python -m experiments.main --config=experiments/configs/paper/table3.py:paper,trellis
 
 The paper has Trellis at 99.2 to 97.8 on S-NIAH-1 from 2k to 8k, at 99.4 to 34.6 on S-NIAH-2, at
@@ -12,7 +12,7 @@ The models of the small scales would find nothing after such text. They are trai
 to 4k tokens instead, with other keys, values and places in the haystack than those that are looked
 for, and learn the answers alone (experiments/tasks/niah.py): so the perplexities there are those of
 held-out answers, and 8k is twice what they know. `trellis_wide` is that of Table 4, of Gated
-DeltaNet's memory. --data gives the tokenizer.
+DeltaNet's memory.
 """
 
 import dataclasses
@@ -66,6 +66,7 @@ def _on_samples(row: base.Row) -> ml_collections.ConfigDict:
   cfg = row.make()
   cfg.data.task = "niah"
   cfg.data.niah.update(TASK, grow_examples=round(GROW * row.tokens / CONTEXT))
+  cfg.data.niah.tokenizer = f"bpe-{cfg.data.vocab_size}"
   return cfg
 
 
