@@ -291,6 +291,10 @@ def test_a_bpe_of_samples_has_numbers_of_few_tokens(tmp_path):
     assert bpe.decode(bpe.encode(text)) == text
   row = niah.Rows(niah.Config(**knobs), "test", 600)[0]
   assert " mentioned in the provided text is" in bpe.decode(row["tokens"].tolist())
+  # A checkpoint is of its tokens, which other samples would not have.
+  identity = lambda **more: tasks.TaskDataset("niah", niah.Config(**knobs | more)).identity
+  assert identity() == {"corpus": "niah", "tokenizer": tokenise.digest(bpe)}
+  assert identity(kinds="niah_single_1") != identity()
 
 
 def test_rows_that_grow_are_not_shuffled():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import tokenise
 from experiments.corpus import SPLITS
 from experiments.errors import UserError
 
@@ -82,7 +83,8 @@ class TaskDataset:
   @property
   def identity(self) -> dict[str, str]:
     """What a checkpoint must agree on besides the config, which holds the task's knobs."""
-    return {"corpus": self.task}
+    found = getattr(self.config, "loaded", None)  # a tokenizer, of a file or trained on samples
+    return {"corpus": self.task} | ({"tokenizer": tokenise.digest(found)} if found else {})
 
 
 def load(config) -> TaskDataset:
