@@ -8,11 +8,11 @@ The paper has Trellis at 99.2 to 97.8 on S-NIAH-1 from 2k to 8k, at 99.4 to 34.6
 experiments/evals/niah.py). A run takes 2.2e20 FLOPs. Size, corpus and the length that the models
 were trained at are not stated; here they are TTT's 1.3B, C4 and 4k.
 
-The models of the small scales would find nothing after such text. They are trained on samples of up
-to 4k tokens instead, with other keys, values and places in the haystack than those that are looked
-for, and learn the answers alone (experiments/tasks/niah.py): so the perplexities there are those of
-held-out answers, and 8k is twice what they know. `trellis_wide` is that of Table 4, of Gated
-DeltaNet's memory.
+The models of the small scales would find little after such text. They are trained on samples of up
+to 4k tokens instead, drawn by other seeds than those that are looked for and from anywhere in the
+haystack, and learn the answers alone (experiments/tasks/niah.py): so the perplexities there are
+those of held-out answers, and 8k is twice what the models know. `trellis_wide` is that of Table 4,
+of Gated DeltaNet's memory.
 """
 
 import dataclasses
