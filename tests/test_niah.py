@@ -319,7 +319,7 @@ def test_rows_that_grow_are_not_shuffled():
     ({}, 1200, "niah_single_3 hides its needle in an essay"),
     ({"kinds": "niah_single_1"}, 100, "length=100 is too short for niah_single_1"),
     ({"kinds": "sums"}, 1200, "kind 'sums' is unknown"),
-    ({"tokenizer": "bpe-100", "kinds": "niah_single_1"}, 1200, "=100 is too small for a BPE"),
+    ({"tokenizer": "bpe-100"}, 1200, "'bpe-100'; accepted is at least 'bpe-257'"),
     ({"tokenizer": "/nowhere.json"}, 1200, "tokenizer '/nowhere.json' does not exist"),
     ({"min_length": 0}, 1200, "data.niah.min_length=0; accepted is at least 1"),
     ({"seed": -1}, 1200, "data.niah.seed=-1; accepted is at least 0"),

@@ -105,6 +105,9 @@ def test_a_row_on_needles_is_of_their_haystack(text, monkeypatch, tmp_path, caps
   assert one["test"]["bytes"] == 0.9 * one["test"]["tokens"]
   monkeypatch.setattr(run, "_train_and_score", None)
   assert run.main(argv) == 0
+  args = run._parse([*argv, "--tokens=4096"])
+  (longer,) = run.chosen(Needles, args)  # eight steps for two
+  assert (longer.config.steps, longer.config.data.niah.grow_examples) == (8, 4)
 
 
 def test_runs_of_a_row_in_one_program_are_what_they_are_alone(text, monkeypatch, tmp_path):

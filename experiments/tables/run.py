@@ -97,8 +97,10 @@ def chosen(module, args: argparse.Namespace) -> list[base.Row]:
         )
       cfg.data.path = cfg.data.niah.haystack = args.tasks
     if args.tokens:
+      steps, grow = cfg.steps, cfg.data.niah.grow_examples
       cfg.steps = max(1, round(args.tokens / (cfg.batch_size * cfg.seq_len)))
       cfg.optim.warmup_steps = cfg.steps // 10
+      cfg.data.niah.grow_examples = round(grow * cfg.steps / steps)  # as long a part of the run
   return rows
 
 

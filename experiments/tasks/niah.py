@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import corpus, essays, haystacks, needles, tokenise
-from experiments.errors import at_least
+from experiments.errors import UserError, at_least
 
 ANSWER_BYTES = 36  # of a uuid
 BPE_ROWS, BPE_ROW = 64, 1 << 14  # that a BPE is trained on, and the bytes of each
@@ -63,7 +63,9 @@ class Config:
     """The tokenizer."""
     if self.tokenizer == "byte":
       return tokenise.ByteTokenizer()
-    bpe = re.fullmatch(r"bpe-(\d+)", self.tokenizer)
+    bpe, least = re.fullmatch(r"bpe-(\d+)", self.tokenizer), tokenise.MIN_BPE_VOCABULARY
+    if bpe and int(bpe[1]) < least:
+      raise UserError(f"data.niah.tokenizer={self.tokenizer!r}; accepted is at least 'bpe-{least}'")
     return _bpe(self, int(bpe[1])) if bpe else tokenise.load(self.tokenizer)
 
   @property
@@ -151,7 +153,6 @@ class Rows:
 @functools.cache
 def _bpe(config: Config, vocab_size: int) -> tokenise.Tokenizer:
   """A BPE of samples from all of the time over which they grow, the same for the same config."""
-  tokenise.check_vocab_size(vocab_size)
   rows = Rows(dataclasses.replace(config, tokenizer="byte"), "train", BPE_ROW)
   among = min(config.grow_examples or BPE_ROWS, len(rows))
 
