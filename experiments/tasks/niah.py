@@ -88,6 +88,7 @@ class Rows:
     self.split = corpus.SPLITS.index(split)
     self.length = config.train_examples if split == "train" else config.held_out_examples
     self.grow = config.grow_examples if split == "train" else 0
+    self.least = min(config.min_length, seq_len)
     for generator in self.generators:
       generator.sample(0, seq_len)
 
@@ -106,7 +107,7 @@ class Rows:
   def longest(self, row: int) -> int:
     """The tokens of a row's longest sample."""
     share = self.grown(row) ** 2
-    return round(min(self.config.min_length, self.seq_len) ** (1 - share) * self.seq_len**share)
+    return round(self.least ** (1 - share) * self.seq_len**share)
 
   def generators_of(self, row: int) -> list[haystacks.Generator]:
     """Those of the kinds that have joined."""
@@ -118,7 +119,7 @@ class Rows:
     for index in range(self.seq_len):  # a sample has a token at least
       number = row * self.seq_len + index
       generator = generators[(row + index) % len(generators)]
-      least, left = max(self.config.min_length, generator.shortest(number)), self.seq_len - used
+      least, left = max(self.least, generator.shortest(number)), self.seq_len - used
       if least > left:
         break
       most, u = max(least, min(self.longest(row), left)), rng.random()
