@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from trellis_jax import sharding
+from trellis_jax import products, sharding
 from trellis_jax.typing import Array
 
 
@@ -24,7 +24,8 @@ def linear(inputs: int, outputs: int, *, init_std: float | None = None, **kw) ->
   `kw` are nnx.Linear's; a `kernel_init` or `use_bias` there takes precedence.
   """
   init = nnx.initializers.normal(inputs**-0.5 if init_std is None else init_std)
-  return nnx.Linear(inputs, outputs, **({"use_bias": False, "kernel_init": init} | kw))
+  ours = {"use_bias": False, "kernel_init": init, "dot_general": products.dot_general}
+  return nnx.Linear(inputs, outputs, **(ours | kw))
 
 
 class ShortConv(nnx.Module):

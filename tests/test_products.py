@@ -1,0 +1,88 @@
+"""Linear maps: products and gradients are those of JAX, and no gradient is turned over."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from trellis_jax import nn, products
+
+OUTER = ((), ())
+
+
+def case(dtype, leading=(3, 5), inputs=7, outputs=4):
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = ((*leading, inputs), (inputs, outputs), (*leading, outputs))
+  return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes)]
+
+
+def pulled_back(product, x, w, g):
+  """The product and the gradients of x and w for a cotangent g."""
+  numbers = (((x.ndim - 1,), (0,)), OUTER)
+  y, back = jax.vjp(lambda x, w: product(x, w, numbers), x, w)
+  return y, *back(g)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_numbers_and_gradients_are_those_of_jax(dtype, leading):
+  x, w, g = case(dtype, leading)
+  ours, theirs = (pulled_back(p, x, w, g) for p in (products.dot_general, jax.lax.dot_general))
+  tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.dtype == b.dtype == dtype
+    np.testing.assert_allclose(
+      a.astype(np.float32), b.astype(np.float32), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_gradients_of_a_wider_result_have_the_type_of_what_they_are_of():
+  x, w, g = case(jnp.bfloat16)
+  wide = functools.partial(products.dot_general, preferred_element_type=jnp.float32)
+  y, d_x, d_w = pulled_back(wide, x, w, g.astype(jnp.float32))
+  assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+
+
+def test_other_products_are_those_of_jax():
+  x, w, _ = case(jnp.float32)
+  numbers = (((2,), (1,)), OUTER)
+  np.testing.assert_array_equal(
+    products.dot_general(x, w.T, numbers), jax.lax.dot_general(x, w.T, numbers)
+  )
+
+
+def test_a_batch_of_maps():
+  x, w, g = case(jnp.float32)
+  maps = jnp.stack([w, 2 * w, -w])
+  together = jax.vmap(lambda w: pulled_back(products.dot_general, x, w, g)[2])(maps)
+  for i, each in enumerate(maps):
+    alone = pulled_back(products.dot_general, x, each, g)[2]
+    np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def primitives(jaxpr):
+  """The names of all primitives of a jaxpr and of those within."""
+  for eqn in jaxpr.eqns:
+    yield eqn.primitive.name
+    for value in eqn.params.values():
+      for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(inner, "eqns"):
+          yield from primitives(inner)
+        elif hasattr(inner, "jaxpr"):
+          yield from primitives(inner.jaxpr)
+
+
+def test_a_gradient_of_weights_turns_nothing_over():
+  """As `nn.linear` has it; a plain nnx.Linear, for which XLA turns the gradients over, has one."""
+  x = jnp.ones((2, 8, 4))
+
+  def transposes(layer):
+    graph, params = nnx.split(layer)
+    grad = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(x) ** 2))
+    return list(primitives(jax.make_jaxpr(grad)(params).jaxpr)).count("transpose")
+
+  assert transposes(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) == 1
+  assert transposes(nn.linear(4, 6, rngs=nnx.Rngs(0))) == 0
