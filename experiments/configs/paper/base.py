@@ -158,7 +158,7 @@ def _config(
   cfg.model.update(width=s.width, num_layers=s.num_layers, num_heads=s.num_heads, mixer=mixer)
   cfg.model.mlp_width = mlp_width
   if s.scale == "mini":
-    cfg.model.dtype = "float32"
+    cfg.model.dtype, cfg.model.scan_layers = "float32", False  # two layers compile quickly
   else:  # or a step keeps the activations of all layers, of 65,536 tokens at small
     cfg.model.dtype, cfg.model.remat = "bfloat16", "full"
   cfg.model.attention.cache_length = context
