@@ -1,6 +1,9 @@
 """Linear maps: products and gradients are those of JAX, and no gradient is turned over."""
 
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import libtpu
+from experiments import provenance
 from trellis_jax import nn, products
 
 OUTER = ((), ())
@@ -86,3 +91,46 @@ def test_a_gradient_of_weights_turns_nothing_over():
 
   assert transposes(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) == 1
   assert transposes(nn.linear(4, 6, rngs=nnx.Rngs(0))) == 0
+
+
+ON_TPU = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from trellis_jax import products
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+shape = lambda *s: jax.ShapeDtypeStruct(
+  s, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device)
+)
+
+def cost(product):
+  apply = lambda x, w: product(x, w, (((2,), (0,)), ((), ())))
+
+  def loss(weights, x):
+    gate, up, down = weights
+    y = x + apply(jax.nn.silu(apply(x, gate)) * apply(x, up), down)
+    return jnp.mean(jnp.square(jnp.tanh(y)).astype(jnp.float32))
+
+  weights = (shape(256, 512), shape(256, 512), shape(512, 256))
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(weights, shape(4, 512, 256)).compile()
+  found = compiled.cost_analysis()
+  return found["flops"], found["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
+
+print(json.dumps([cost(products.dot_general), cost(jax.lax.dot_general)]))
+"""
+
+
+@pytest.mark.skipif(libtpu.library() is None, reason="no libtpu; `make kernel-report` installs it")
+def test_the_compiler_of_tpus_makes_the_same_of_both():
+  process = subprocess.run(
+    [sys.executable, "-c", ON_TPU],
+    env=libtpu.environment(),
+    cwd=provenance.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  ours, theirs = json.loads(process.stdout.splitlines()[-1])
+  assert ours[0] > 0
+  assert ours == theirs

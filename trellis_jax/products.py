@@ -3,8 +3,7 @@
 JAX takes the gradient of w in y = x w as (g^T x)^T. On a CPU, XLA folds the outer transpose into
 the product and has g turned over by the elementwise function that computes it, which then writes
 thousands of rows column by column and takes longer than the product itself. Written as x^T g there
-is nothing to turn over (benchmarks/cpu_step.py). To the compilers of TPUs and GPUs the two are one
-product.
+is nothing to turn over (benchmarks/cpu_step.py). The compiler of TPUs makes one program of both.
 """
 
 import functools
