@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks import libtpu
 from experiments import provenance
-from trellis_jax import nn, products
+from trellis_jax import model, nn, products
 
 OUTER = ((), ())
 
@@ -91,6 +91,21 @@ def test_a_gradient_of_weights_turns_nothing_over():
 
   assert transposes(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) == 1
   assert transposes(nn.linear(4, 6, rngs=nnx.Rngs(0))) == 0
+
+
+def test_what_a_checkpoint_keeps_is_what_it_keeps_of_jax():
+  """A policy that keeps products has to see ours: REMAT's "dots" would compute them again."""
+  x, weights = jnp.ones((8, 4)), (jnp.ones((4, 4)), jnp.ones((4, 4)))
+
+  def products_of(product, policy):
+    apply = lambda x, w: product(x, w, (((1,), (0,)), OUTER))
+    loss = lambda weights, x: jnp.sum(jnp.sin(apply(jnp.sin(apply(x, weights[0])), weights[1])))
+    grad = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
+    return list(primitives(jax.make_jaxpr(grad)(weights, x).jaxpr)).count("dot_general")
+
+  kept, again = model.REMAT["dots"], model.REMAT["full"]
+  assert products_of(products.dot_general, kept) == products_of(jax.lax.dot_general, kept)
+  assert products_of(products.dot_general, kept) < products_of(products.dot_general, again)
 
 
 ON_TPU = """

@@ -35,15 +35,18 @@ def dot_general(
   return _product(x, w, options, out_sharding)
 
 
+def _forward(x, w, options, out_sharding):
+  """X w, of precision and result type `options`, and what its gradients need.
+
+  A product of jax.lax as it stands, which the policies of `jax.checkpoint` can tell to be kept.
+  """
+  numbers = (((x.ndim - 1,), (0,)), ((), ()))
+  return jax.lax.dot_general(x, w, numbers, *options, out_sharding=out_sharding), (x, w)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, w, options, out_sharding):
-  """X w, of precision and result type `options`."""
-  last = x.ndim - 1
-  return jax.lax.dot_general(x, w, (((last,), (0,)), ((), ())), *options, out_sharding=out_sharding)
-
-
-def _forward(x, w, options, out_sharding):
-  return _product(x, w, options, out_sharding), (x, w)
+  return _forward(x, w, options, out_sharding)[0]
 
 
 def _backward(options, out_sharding, kept, g):
