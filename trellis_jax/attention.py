@@ -44,8 +44,8 @@ class TrellisAttention(nnx.Module):
     precision: of all matrix products.
     kernel_init, bias_init, use_bias, kernel_metadata, bias_metadata, qkv_promote_dtype,
       qkv_dot_general: of the maps of q, k, v, the targets and the output gate, as in `nnx.Linear`
-      but for use_bias=False and kernel_init=None, which is N(0, 1 / in_features). Kernels are
-      [in_features, H D].
+      but for use_bias=False, kernel_init=None, which is N(0, 1 / in_features), and
+      dot_general=None, which is `products.dot_general`. Kernels are [in_features, H D].
     out_kernel_init, ..., out_dot_general: of the output map; None and {} are the above.
     decode: whether calls go on from the cache and write it; None is False.
     attention_fn, normalize_qk, ln_promote_dtype, ..._ln_scale_metadata, ..._dot_general_cls: what

@@ -21,7 +21,8 @@ def unit(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
 def linear(inputs: int, outputs: int, *, init_std: float | None = None, **kw) -> nnx.Linear:
   """Returns a map without bias, initialised N(0, init_std), or N(0, 1 / inputs) for None.
 
-  `kw` are nnx.Linear's; a `kernel_init` or `use_bias` there takes precedence.
+  `kw` are nnx.Linear's; a `kernel_init`, `use_bias` or `dot_general` there takes precedence, the
+  last over `products.dot_general`.
   """
   init = nnx.initializers.normal(inputs**-0.5 if init_std is None else init_std)
   ours = {"use_bias": False, "kernel_init": init, "dot_general": products.dot_general}
