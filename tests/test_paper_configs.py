@@ -16,7 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TABLES = [p.stem for p in run.FOLDER.glob("*.py") if p.stem not in run.NO_TABLE]
 # Millions of parameters; the paper's shape of its 170M row gives 119.
-PUBLISHED_SIZES = {"125m": (117, 117), "350m": (361, 361), "780m": (767, 786), "small": (20, 60)}
+PUBLISHED_SIZES = {"125m": (117, 117), "350m": (361, 361), "780m": (767, 786)}
+PUBLISHED_SIZES |= {"small": (20, 60), "midi": (20, 60)}
 
 
 def lm_of(cfg):
@@ -53,7 +54,7 @@ def test_every_row_is_a_run_that_its_labels_alone_name(name, scale):
   assert named.to_dict() == rows[-1].config.to_dict()
   with pytest.raises(ValueError, match="fits 0 rows; accepted are"):
     module.get_config(f"{scale},none")
-  with pytest.raises(ValueError, match="scale 'tiny' is unknown; accepted are paper, small, mini"):
+  with pytest.raises(ValueError, match="scale 'tiny' is unknown; accepted are paper, small, midi"):
     module.get_config("tiny")
   assert "Table" in module.__doc__ or "Fig" in module.__doc__ or "paper" in module.__doc__
   assert f"python -m experiments.tables.run {name}" in module.__doc__
@@ -72,7 +73,7 @@ def test_sizes_are_the_papers_and_rivals_have_as_many_parameters(size):
     assert parameters == pytest.approx(count["trellis"], rel=0.01), mixer
 
 
-@pytest.mark.parametrize("scale", ["small", "mini"])
+@pytest.mark.parametrize("scale", ["small", "midi", "mini"])
 def test_state_matched_rows_have_the_parameters_of_their_rivals(scale):
   rows = {tuple(r.labels.values()): r.config for r in table4.rows(scale)}
   count = {m: matching.sizes(lm_of(rows[m, 512])).parameters for m in ("trellis", *table4.MATCHED)}
@@ -90,7 +91,7 @@ def memory_floats(cfg):
   return mixer.num_heads * mixer.head_dim * mixer.value_dim
 
 
-@pytest.mark.parametrize("scale", ["small", "mini"])
+@pytest.mark.parametrize("scale", ["small", "midi", "mini"])
 def test_wide_rows_have_the_state_and_the_widths_of_gated_delta_net(scale):
   rows = {tuple(r.labels.values()): r.config for r in table4.rows(scale)}
   wide, rival = rows["trellis_wide", 512], rows["gated_delta_net", 512]

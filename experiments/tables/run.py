@@ -12,14 +12,14 @@ is not run again unless settings or text change; what was stopped goes on from i
 `--only` splits the rows over machines; the lines of all of them are one file's. `make tables`
 writes the tables. Flags:
 
-    --scale=mini        or small, paper
+    --scale=mini        or midi, small, paper
     --data=PATH         text, as config.data.path; without, the standard library (small scales), or
                         what the row names (paper)
     --seeds=0           separated by commas
     --only=LABEL=VALUE[,VALUE]
     --tokens=N          trained on by every row, in place of the scale's; such rows are a table of
                         their own
-    --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini without
+    --score_tokens=N    read of each of the two splits, 0 for all; 131,072 at mini and midi without
     --rates=all         every seed at all three rates; or 1: the row's own rate alone
     --together          all runs of a row that can start in one program (tables/together.py): for
                         small models on an accelerator; what is stopped is lost
@@ -55,8 +55,8 @@ from experiments.tables import together
 FOLDER = pathlib.Path(base.__file__).parent
 RESULTS = provenance.ROOT / "benchmarks" / "results" / "lm"
 NO_TABLE = ("__init__", "base")
-SCORE_TOKENS = {"paper": 0, "small": 0, "mini": 1 << 17}
-SAMPLES = {"paper": 500, "small": 500, "mini": 50}  # of each needle and length
+SCORE_TOKENS = {"paper": 0, "small": 0, "midi": 1 << 17, "mini": 1 << 17}
+SAMPLES = {"paper": 500, "small": 500, "midi": 50, "mini": 50}  # of each needle and length
 _TIME = "time/step_seconds"
 _CODE = ("trellis_jax", "pallas_kernels", "experiments")
 

@@ -1,9 +1,10 @@
 """What all rows of the paper's tables share: sizes, recipe, models, and how a row is chosen.
 
-A table is a file beside this one. Its `rows(scale)` are the table's rows at one of three scales:
+A table is a file beside this one. Its `rows(scale)` are the table's rows at one of four scales:
 
     paper   the paper's sizes, tokens and context lengths
     small   32 million parameters, 200 million tokens: planned for less than 25 minutes of one GPU
+    midi    21 million parameters, 4 million tokens: two hours of one core a run
     mini    0.6 million parameters, 1 million tokens: 2 to 3 minutes of one core, scoring included
 
 `python -m experiments.tables.run` trains and scores them one after the other. A single one is
@@ -33,8 +34,10 @@ import ml_collections
 
 from experiments.configs import default
 
-SCALES = ("paper", "small", "mini")
-BATCH_TOKENS = {"paper": 1 << 19, "small": 1 << 16, "mini": 1 << 13}  # per step, at any length
+SCALES = ("paper", "small", "midi", "mini")
+# Per step, at any length.
+BATCH_TOKENS = {"paper": 1 << 19, "small": 1 << 16, "midi": 1 << 13, "mini": 1 << 13}
+CPU = ("midi", "mini")  # what a core trains: in fp32, their few layers one after the other
 # Mixers by the names of the paper's tables.
 NAMES = {
   "attention": "Transformer++",
@@ -86,6 +89,9 @@ SIZES = {
   "small": Size(
     512, 8, 8, (1584, 1584, 1584, 1152, 1240, 1560, 1416, 1408), 8192, 2e-3, 2e8, "small"
   ),  # 32 million
+  "midi": Size(
+    512, 6, 8, (1584, 1584, 1584, 1152, 1240, 1560, 1416, 1408), 1024, 3e-3, 2**22, "midi"
+  ),  # 21 million
   "mini": Size(
     128, 2, 2, (432, 432, 424, 256, 344, 408, 392, 384), 1024, 1.25e-2, 2**20, "mini"
   ),  # 0.6 million
@@ -157,8 +163,8 @@ def _config(
     cfg.model.init_std = 0.02
   cfg.model.update(width=s.width, num_layers=s.num_layers, num_heads=s.num_heads, mixer=mixer)
   cfg.model.mlp_width = mlp_width
-  if s.scale == "mini":
-    cfg.model.dtype, cfg.model.scan_layers = "float32", False  # two layers compile quickly
+  if s.scale in CPU:
+    cfg.model.dtype, cfg.model.scan_layers = "float32", False
   else:  # or a step keeps the activations of all layers, of 65,536 tokens at small
     cfg.model.dtype, cfg.model.remat = "bfloat16", "full"
   cfg.model.attention.cache_length = context

@@ -43,7 +43,7 @@ PUBLISHED = {
 # At the small scales. Numbers come first, and a uuid, of five times their tokens, is rarer.
 KINDS = ("niah_single_1", "niah_single_2", "niah_single_1", "niah_single_3", "niah_single_2")
 TASK = {"kinds": ",".join(KINDS), "min_length": 32, "answer_only": True, "train_examples": 1 << 20}
-TOKENS = {"small": 2e8, "mini": 2**23}
+TOKENS = {"small": 2e8, "midi": 2**23, "mini": 2**23}
 GROW = 2 / 3  # of the tokens, over which the longest samples grow
 
 
