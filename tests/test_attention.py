@@ -231,6 +231,15 @@ def test_init_cache_clears_and_takes_a_dtype():
   assert layer.cache.memory.memory_v.dtype == jnp.float32
 
 
+def test_the_dtype_of_a_cache_is_that_of_all_convolutions():
+  layer = build(decode=True, v_conv=True, alpha_conv=True)
+  layer.init_cache(X.shape, jnp.bfloat16)
+  of = lambda: [getattr(layer.cache, n).dtype for n in ("taps", "v_taps", "alpha_taps")]
+  assert of() == [jnp.bfloat16] * 3
+  run(layer, TOKEN)
+  assert of() == [jnp.bfloat16] * 3 and layer.cache.memory.memory_k.dtype == jnp.float32
+
+
 def test_jit_drops_what_nnx_jit_keeps():
   layer = build(decode=True)
   layer.init_cache(X.shape)

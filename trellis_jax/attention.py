@@ -206,8 +206,8 @@ class TrellisAttention(nnx.Module):
     The memories are fp32; dtype is that of the short convolutions' last inputs.
     """
     state = self.init_state(input_shape)
-    taps, v_taps = jax.tree.map(lambda x: x.astype(dtype), (state.taps, state.v_taps))
-    state = dataclasses.replace(state, taps=taps, v_taps=v_taps)
+    taps = {n: getattr(state, n) for n in ("taps", "v_taps", "alpha_taps")}
+    state = dataclasses.replace(state, **jax.tree.map(lambda x: x.astype(dtype), taps))
     # Copies, as a fresh state holds one array twice, which cannot be donated.
     self.cache = nnx.data(jax.tree.map(lambda x: nnx.Cache(jnp.copy(x)), state))
 
