@@ -83,6 +83,10 @@ def test_states_that_do_not_fit_are_refused():
     layer(X, initial_state=state, decode=True)
   with pytest.raises(ValueError, match=r"initial_state has taps of shape \(2, 3, 8\); for 2 rows"):
     build(qkv_features=4)(X, initial_state=state)
+  for field in ("v", "alpha"):
+    other = build(**{f"{field}_conv": False}).init_state((B, 1, F))
+    with pytest.raises(ValueError, match=rf"initial_state has {field}_taps of shape None;"):
+      build()(X, initial_state=other)
   with pytest.raises(ValueError, match=r"input_shape=\(2, 7, 5\) is not accepted"):
     layer.init_cache((B, T, 5))
   assert isinstance(state, State)

@@ -241,12 +241,14 @@ class TrellisAttention(nnx.Module):
       raise ValueError(
         f"initial_state is a {type(state).__name__}; accepted is what return_state=True returns"
       )
-    taps = (len(x), self.mixer.config.conv_taps - 1, self.mixer.qk.out_features)
-    if state.taps.shape != taps:
-      raise ValueError(
-        f"{name} has taps of shape {state.taps.shape}; for {len(x)} rows of inputs, batch axes in "
-        f"one, this layer takes {taps}"
-      )
+    fresh = jax.eval_shape(lambda: self.mixer.init_state(len(x)))
+    for field in ("taps", "v_taps", "alpha_taps"):
+      given, taken = (getattr(getattr(s, field), "shape", None) for s in (state, fresh))
+      if given != taken:
+        raise ValueError(
+          f"{name} has {field} of shape {given}; for {len(x)} rows of inputs, batch axes in one, "
+          f"this layer takes {taken}"
+        )
     return sharding.like(self._renewed(state) if decode else state, x)
 
   def _renewed(self, state):
