@@ -234,7 +234,7 @@ def test_a_bad_file_is_one_sentence(text, words, tmp_path):
   "argv, words",
   [
     (["table9"], "table 'table9' is unknown; accepted are .*table4"),
-    (["table4", "--scale=tiny"], "scale 'tiny' is unknown; accepted are paper, small, mini"),
+    (["table4", "--scale=tiny"], "scale 'tiny' is unknown; accepted are paper, small, midi"),
     (["table4", "--only=model"], "--only=model is given; accepted is LABEL=VALUE"),
     (["table4", "--only=size=1"], "--only=size=... is given; the labels are model, context"),
     (["table4", "--only=context=7"], "--only=context=7 is given; accepted are 512, 1024"),
