@@ -4,7 +4,7 @@ A table is a file beside this one. Its `rows(scale)` are the table's rows at one
 
     paper   the paper's sizes, tokens and context lengths
     small   32 million parameters, 200 million tokens: planned for less than 25 minutes of one GPU
-    midi    21 million parameters, 4 million tokens: two hours of one core a run
+    midi    21 million parameters, 4 million tokens: less than two hours of one core a run
     mini    0.6 million parameters, 1 million tokens: 2 to 3 minutes of one core, scoring included
 
 `python -m experiments.tables.run` trains and scores them one after the other. A single one is
