@@ -51,6 +51,23 @@ def test_convolutions_of_keys_start_at_powers_of_their_decay_and_all_others_at_t
         assert all(column == present for column in kernel[:, keys:].T.tolist())
 
 
+def test_a_spread_moves_every_tap_by_a_number_of_its_own_within_it():
+  """Around the start that it has without; kernels of a model differ, and so do layers."""
+  for name in ("trellis", *BASELINES):
+    if not hasattr(mixers.configure(name), "conv_taps"):
+      continue
+    kernels = []
+    for spread, seed in ((0.0, 0), (0.5, 0), (0.5, 1)):
+      config = mixers.configure(name, dict(conv_taps=4, conv_spread=spread))
+      mixer = mixers.get(name).Mixer(WIDTH, HEADS, config, rngs=nnx.Rngs(seed))
+      convs = {k: v for k, v in vars(mixer).items() if k.startswith("conv_") and v}
+      kernels.append({k: np.asarray(conv.kernel[...]) for k, conv in convs.items()})
+    for which, start in kernels[0].items():
+      noise = [kernel[which] - start for kernel in kernels[1:]]
+      assert 0.4 < max(np.abs(n).max() for n in noise) <= 0.5, (name, which)
+      assert len(np.unique(np.round(np.concatenate(noise), 6))) >= 0.99 * 2 * start.size
+
+
 def test_mamba2_steps_and_rates_start_as_published():
   layers = list(_layers("mamba2", state_dim=8))
   for mixer in layers:

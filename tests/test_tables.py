@@ -129,7 +129,7 @@ def test_table_4_shows_the_best_rate_the_spread_and_who_is_ahead(tmp_path):
     "19.09", "5.25 (5.00-5.50)", "0.525 (0.500-0.550)", "0.0125 of 0.005 0.0125 0.0312", "0 1",
     f"{2**20:,}",
   ]  # fmt: skip
-  assert built.status == "5 of 55 rows at mini" and set(built.figures) == {"table4"}
+  assert built.status == "5 of 60 rows at mini" and set(built.figures) == {"table4"}
   # Another number of tokens is a table of its own.
   save(tmp_path / "lm" / "table4.jsonl", [*lines, line(rows["trellis", 512], "mini", 3, tokens=64)])
   text = text_of("table4", tmp_path)

@@ -51,8 +51,9 @@ class Mixer(shell.Mixer):
     self.q, self.k = self.project(keys, rngs), self.project(keys, rngs)
     self.v = self.project(values, rngs)
     self.activation = activation
-    self.conv_q = self.conv(keys, "none")
-    self.conv_k, self.conv_v = self.conv(keys, "none", keys=keys), self.conv(values, "none")
+    self.conv_q = self.conv(keys, rngs, "none")
+    self.conv_k = self.conv(keys, rngs, "none", keys=keys)
+    self.conv_v = self.conv(values, rngs, "none")
 
   def qkv(self, x, taps: shell.Taps):
     """Returns q, k, v [B, T, H, D | V] = act(conv(W x))."""

@@ -32,7 +32,8 @@ def linear(inputs: int, outputs: int, *, init_std: float | None = None, **kw) ->
 class ShortConv(nnx.Module):
   """Depthwise causal convolution over the last K inputs of the same segment (paper, Fig. 1).
 
-  y_t = act(sum_{j < K} w_j x_{t-j}), w_j starting at decay^j, decay one number or one per feature.
+  y_t = act(sum_{j < K} w_j x_{t-j}). The taps w_j start at decay^j, decay one number or one per
+  feature, plus a number of each feature and tap that is uniform in [-spread, spread].
   """
 
   def __init__(
@@ -42,11 +43,17 @@ class ShortConv(nnx.Module):
     *,
     activation: str = "silu",
     decay: float | Float[Array, " W"] = 0.0,
+    spread: float = 0.0,
     dtype,
     param_dtype,
+    rngs: nnx.Rngs,
   ):
     decays = jnp.broadcast_to(jnp.asarray(decay, param_dtype), (width,))
-    self.kernel = nnx.Param(decays[None] ** jnp.arange(taps)[:, None])
+    kernel = decays[None] ** jnp.arange(taps)[:, None]
+    if spread:
+      noise = rngs.params.uniform(kernel.shape, param_dtype, -spread, spread)
+      kernel = kernel + noise
+    self.kernel = nnx.Param(kernel)
     self.activation = activation
     self.dtype = dtype
 

@@ -31,6 +31,8 @@ class Config:
     conv_taps: K of the short convolutions; 1 is none.
     conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
       key starts without the token before it, and recall, which binds a value to that, waits.
+    conv_spread: half-width of the uniform noise on every tap's start; torch's Conv1d, which the
+      published layers have, starts at noise of 1 / sqrt(K) alone.
     gate: activation of the output gate: gelu, silu, sigmoid or none.
     post_norm: RMSNorm before the output map: "rms" over all heads, "head_rms" over each, "none".
     gate_first: whether the gate comes before the norm.
@@ -42,6 +44,7 @@ class Config:
   value_expand: float = 1.0
   conv_taps: int = 1
   conv_decay: float = 0.0
+  conv_spread: float = 0.0
   gate: str = "none"
   post_norm: str = "head_rms"
   gate_first: bool = False
@@ -59,7 +62,7 @@ class Config:
           f"{role}={getattr(self, role)!r} is unknown; accepted are {', '.join(accepted)}"
         )
     self.at_least(1, "conv_taps")
-    self.at_least(0, "head_dim", "value_dim", "conv_decay")
+    self.at_least(0, "head_dim", "value_dim", "conv_decay", "conv_spread")
 
   def at_least(self, least: int, *fields: str) -> None:
     """Raises ValueError for the first of the fields that is below `least`."""
@@ -219,18 +222,21 @@ class Mixer(nnx.Module):
       self.width, outputs, **(dict(init_std=self._init_std, rngs=rngs) | self._kw | kw)
     )
 
-  def conv(self, width: int, activation: str = "silu", keys: int = 0) -> nn.ShortConv | None:
+  def conv(
+    self, width: int, rngs: nnx.Rngs, activation: str = "silu", keys: int = 0
+  ) -> nn.ShortConv | None:
     """Returns the next short convolution in the order that `mix` calls them; None for K = 1.
 
     Its first `keys` features are those of keys, whose taps start at `conv_decay`.
     """
-    taps = self.config.conv_taps
+    taps, spread = self.config.conv_taps, self.config.conv_spread
     if taps == 1:
       return None
     self._map_weights += taps * width
     self._conv_widths += (width,)
     decay = jnp.where(jnp.arange(width) < keys, self.config.conv_decay, 0)
-    return nn.ShortConv(width, taps, activation=activation, decay=decay, **self._kw)
+    kw = dict(activation=activation, decay=decay, spread=spread, rngs=rngs)
+    return nn.ShortConv(width, taps, **kw, **self._kw)
 
   def heads(self, x: Float[Array, "B T W"]) -> Float[Array, "B T H D"]:
     """Splits the last axis into heads."""

@@ -34,6 +34,7 @@ class Config:
     conv_taps: K of the short convolutions on q and k; 1 is none.
     conv_decay: in the convolution of keys, each tap's start over that of the token after it. At 0 a
       key starts without the token before it, and recall, which binds a value to that, waits.
+    conv_spread: half-width of the uniform noise on every tap's start, of all convolutions.
     v_conv, alpha_conv: whether v, and W_a x, have short convolutions too, of as many taps, which
       start at their own token.
     conv_activation, v_activation: after the convolutions of q and k, on v.
@@ -61,6 +62,7 @@ class Config:
   share_qk: bool = True
   conv_taps: int = 4
   conv_decay: float = 0.5
+  conv_spread: float = 0.0
   v_conv: bool = True
   alpha_conv: bool = True
   conv_activation: str = "silu"
@@ -93,8 +95,10 @@ class Config:
         raise ValueError(f"{role}={getattr(self, role)} is not accepted; it must be >= 1")
     if not (math.isfinite(self.v_eps) and self.v_eps > 0):
       raise ValueError(f"v_eps={self.v_eps} is not accepted; it must be finite and > 0")
-    if self.conv_decay < 0:
-      raise ValueError(f"conv_decay={self.conv_decay} is not accepted; it must be >= 0")
+    for role in ("conv_decay", "conv_spread"):
+      given = getattr(self, role)
+      if not (math.isfinite(given) and given >= 0):
+        raise ValueError(f"{role}={given} is not accepted; it must be finite and >= 0")
     if not 0 < self.forget_init < 1:
       raise ValueError(f"forget_init={self.forget_init} is not accepted; it lies in (0, 1)")
     if not 0 <= self.outer_gradient <= 1:

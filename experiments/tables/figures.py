@@ -26,6 +26,7 @@ STYLES["trellis_m32"] = (plots.VERMILLION, "h")
 STYLES["trellis_m32_exact"] = (plots.VERMILLION, "8")
 STYLES["trellis_wide"] = (plots.VERMILLION, "D")
 STYLES["trellis_wide_exact"] = (plots.VERMILLION, "d")
+STYLES["trellis_wide_spread"] = (plots.VERMILLION, "p")
 STYLES["no_forget"] = (plots.VERMILLION, "1")
 DASHES, AGAIN = ("-", "--", ":", "-."), "os^v"  # of models that share a colour
 FAR = 1.6  # times the least of a panel, from which a row is an arrow at the edge

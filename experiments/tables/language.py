@@ -23,6 +23,7 @@ NAMES = {
   "trellis_m32_exact": "Trellis, M = 32, C = 1",
   "trellis_wide": "Trellis, M = 32, wide",
   "trellis_wide_exact": "Trellis, M = 32, wide, C = 1",
+  "trellis_wide_spread": "Trellis, M = 32, wide, taps spread",
 }
 NOT_FINITE = "not finite"
 

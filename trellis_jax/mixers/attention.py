@@ -87,9 +87,9 @@ class Mixer(shell.Mixer):
       raise ValueError(f"head_dim={dim} is not accepted; rotary positions take an even one")
     self.q = self.project(heads * dim, rngs)
     self.k, self.v = self.project(groups * dim, rngs), self.project(groups * dim, rngs)
-    self.conv_q = self.conv(heads * dim, "none")
-    self.conv_k = self.conv(groups * dim, "none", keys=groups * dim)
-    self.conv_v = self.conv(groups * dim, "none")
+    self.conv_q = self.conv(heads * dim, rngs, "none")
+    self.conv_k = self.conv(groups * dim, rngs, "none", keys=groups * dim)
+    self.conv_v = self.conv(groups * dim, rngs, "none")
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Attends inside the call, and to what the cache holds when there is one."""

@@ -44,8 +44,8 @@ class Mixer(affine_mixer.Mixer):
     self.q = self.project(keys, rngs)
     self.v = self.project(self.num_heads * self.value_dim, rngs)
     self.forget = self.project(keys, rngs, dtype=self.wide)
-    self.conv_q, self.conv_f = self.conv(keys, "none"), self.conv(keys, "none")
-    self.conv_v = self.conv(self.num_heads * self.value_dim, "none")
+    self.conv_q, self.conv_f = self.conv(keys, rngs, "none"), self.conv(keys, rngs, "none")
+    self.conv_v = self.conv(self.num_heads * self.value_dim, rngs, "none")
 
   def mix(self, x, memory, stretch, taps, implementation=None):
     """Returns (o, S); see `shell.Mixer`."""

@@ -79,7 +79,8 @@ class Mixer(shell.Mixer):
     self.v = self.project(h * v, rngs)
     activation = "silu" if c.code == "l2" else "none"
     slots = h * c.num_slots
-    self.conv_q, self.conv_k = self.conv(slots, activation), self.conv(slots, activation, slots)
+    self.conv_q = self.conv(slots, rngs, activation)
+    self.conv_k = self.conv(slots, rngs, activation, keys=slots)
     # Narrow and near zero, so that the step starts at its bias.
     self.gates = self.project(h, rngs, init_std=0.2 * self.width**-0.5)
     start = fast_weights.logit(c.start_step / c.step_scale)

@@ -62,8 +62,8 @@ class Mixer(affine_mixer.Mixer):
     c, heads = self.config, self.num_heads
     self.x = self.project(heads * self.value_dim, rngs)
     self.bc = self.project(2 * c.state_dim, rngs)
-    self.conv_x = self.conv(heads * self.value_dim)
-    self.conv_bc = self.conv(2 * c.state_dim, keys=c.state_dim)
+    self.conv_x = self.conv(heads * self.value_dim, rngs)
+    self.conv_bc = self.conv(2 * c.state_dim, rngs, keys=c.state_dim)
     self.gates = self.narrow(heads, rngs)
     self.dt_bias = nnx.Param(
       affine_mixer.step_bias(heads, rngs, self.param_dtype, c.dt_min, c.dt_max)

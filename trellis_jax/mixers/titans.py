@@ -81,8 +81,8 @@ class Mixer(fast_weights.Mixer):
     """Makes the mixer's own parameters."""
     c, h, d, v = self.config, self.num_heads, self.head_dim, self.value_dim
     self.q, self.k, self.v = (self.project(h * n, rngs) for n in (d, d, v))
-    self.conv_q, self.conv_k = self.conv(h * d), self.conv(h * d, keys=h * d)
-    self.conv_v = self.conv(h * v)
+    self.conv_q, self.conv_k = self.conv(h * d, rngs), self.conv(h * d, rngs, keys=h * d)
+    self.conv_v = self.conv(h * v, rngs)
     # Narrow and near zero, so that the gates start at their biases.
     self.gates = self.project(3 * h, rngs, init_std=0.2 * self.width**-0.5)
     starts = (c.start_step / c.step_scale, c.momentum_init, 1 - c.forget_init)

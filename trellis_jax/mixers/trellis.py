@@ -115,15 +115,14 @@ class Mixer(nnx.Module):
     maps = dict(init_std=init_std, rngs=rngs) | kw | projections
     project = lambda n: nn.linear(width, num_heads * n, **maps)
     self.qk = project(d if c.share_qk else 2 * d)
+    taps = dict(taps=c.conv_taps, spread=c.conv_spread, rngs=rngs) | kw
     if c.conv_taps > 1:
-      conv = functools.partial(nn.ShortConv, activation=c.conv_activation, **kw)
-      self.conv_q = conv(num_heads * d, c.conv_taps)
-      self.conv_k = conv(num_heads * d, c.conv_taps, decay=c.conv_decay)
+      conv = functools.partial(nn.ShortConv, num_heads * d, activation=c.conv_activation, **taps)
+      self.conv_q, self.conv_k = conv(), conv(decay=c.conv_decay)
     self.v, self.alpha = project(v), project(c.num_slots)
     for name, wanted, size in (("v", c.v_conv, v), ("alpha", c.alpha_conv, c.num_slots)):
       if wanted:
-        conv = nn.ShortConv(num_heads * size, c.conv_taps, activation="none", **kw)
-        setattr(self, f"conv_{name}", conv)
+        setattr(self, f"conv_{name}", nn.ShortConv(num_heads * size, activation="none", **taps))
     gates = c.forget + (c.step_form != "constant")
     if gates:
       # Narrow and near zero, so that the gates start at their biases.

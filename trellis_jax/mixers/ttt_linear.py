@@ -68,7 +68,8 @@ class Mixer(fast_weights.Mixer):
     if c.rope and d % 2:
       raise ValueError(f"head_dim={d} is not accepted; rope needs an even one")
     self.qk, self.v = self.project(h * d, rngs), self.project(h * d, rngs)
-    self.conv_q, self.conv_k = self.conv(h * d, "none"), self.conv(h * d, "none", keys=h * d)
+    self.conv_q = self.conv(h * d, rngs, "none")
+    self.conv_k = self.conv(h * d, rngs, "none", keys=h * d)
     self.gates = self.project(h, rngs, init_std=0.02, use_bias=True)
     if c.learned_scale:
       self.scale = nnx.Param(jnp.zeros((c.chunk_size,), self.param_dtype))

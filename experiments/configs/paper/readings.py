@@ -41,6 +41,7 @@ TRIED = {
   "forget_from_0.998": {"forget_init": 0.998},
   "learned_first_memory": {"initial_memory": "learned"},
   "keys_from_the_present": {"conv_decay": 0.0},
+  "taps_spread": {"conv_spread": 0.5},
   "own_map_of_queries": {"share_qk": False},
   "values_of_length_1": {"v_eps": 1e-6},
   "plain": default.PLAIN,

@@ -60,6 +60,7 @@ CHOICES = (
   {"conv_activation": "none"},
   {"conv_taps": 1},
   {"conv_decay": 0.0},
+  {"conv_spread": 0.5},
   {"qk_norm": "none"},
   {"v_norm": "none"},
   {"v_eps": 1e-6},
