@@ -162,10 +162,22 @@ def test_an_eps_of_values_that_is_not_positive_is_refused(v_eps):
     trellis_mixer.Config(v_eps=v_eps)
 
 
+def test_forget_gates_by_rate_start_at_a_length_of_each_head():
+  config = trellis_mixer.Config(forget_form="rate")
+  mixer = trellis_mixer.Mixer(64, 32, config, rngs=nnx.Rngs(0))
+  (*_, log_beta, _), _ = mixer.op_inputs(jnp.zeros((1, 1, 64)))
+  dt, rate = jax.nn.softplus(mixer.forget_bias[...]), jnp.exp(mixer.log_rate[...])
+  np.testing.assert_allclose(log_beta[0, 0], -rate * dt, rtol=1e-5)
+  assert np.all((dt >= 0.999e-3) & (dt <= 0.1001)) and np.all((rate >= 0.0159) & (rate <= 16.01))
+  lengths = -1 / np.asarray(log_beta[0, 0])
+  assert lengths.min() < 10 and lengths.max() > 300
+
+
 @pytest.mark.parametrize(
   "knobs",
   [
     dict(share_qk=False, conv_taps=1, target="linear", qk_norm="none", v_norm="none"),
+    dict(forget_form="rate", conv_spread=0.5),
     dict(step_form="softplus", target="layer_norm", gate="none", post_norm="none"),
     dict(step_form="constant", forget=False, initial_memory="learned", value_dim=5),
     dict(head_dim=3, post_norm="head_rms", gate="silu", v_activation="gelu", chunk_size=1),

@@ -11,6 +11,7 @@ _CHOICES = {
   "v_norm": ("l2", "none"),
   "conv_activation": ("silu", "gelu", "none"),
   "v_activation": ("silu", "gelu", "none"),
+  "forget_form": ("sigmoid", "rate"),
   "step_form": ("sigmoid", "softplus", "constant"),
   "initial_memory": ("zeros", "learned"),
   "gate": ("gelu", "silu", "none"),
@@ -40,7 +41,10 @@ class Config:
     conv_activation, v_activation: after the convolutions of q and k, on v.
     qk_norm, v_norm: "l2" makes keys and queries, values, of length 1.
     v_eps: of v_norm, v / sqrt(|v|^2 + eps): with 1, little is written of a token whose v is short.
-    forget: whether there is a forget gate; forget_init: its value on the built model.
+    forget: whether there is a forget gate.
+    forget_form: "sigmoid" of a projection, which starts at `forget_init` in every head, or "rate",
+      exp(-A softplus(projection)) of a learned A per head, whose heads start at memories of one
+      token to thousands, as Mamba2's and Gated DeltaNet's do.
     step_form: "sigmoid" and "softplus" of a projection, or a learned "constant" per head.
     step_init: inner step on the built model; 0 is 1 / C for stale chunks of C tokens and 1/2 where
       nothing overshoots (linearised chunks, C = 1). step_scale: factor of the sigmoid.
@@ -71,6 +75,7 @@ class Config:
   v_norm: str = "l2"
   v_eps: float = 1.0
   forget: bool = True
+  forget_form: str = "sigmoid"
   forget_init: float = 0.95
   step_form: str = "sigmoid"
   step_init: float = 0.0

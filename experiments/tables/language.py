@@ -23,7 +23,7 @@ NAMES = {
   "trellis_m32_exact": "Trellis, M = 32, C = 1",
   "trellis_wide": "Trellis, M = 32, wide",
   "trellis_wide_exact": "Trellis, M = 32, wide, C = 1",
-  "trellis_wide_spread": "Trellis, M = 32, wide, taps spread",
+  "trellis_wide_spread": "Trellis, M = 32, wide, spread starts",
 }
 NOT_FINITE = "not finite"
 

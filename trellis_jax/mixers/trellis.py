@@ -6,7 +6,8 @@ For an input x [B, T, width], per head:
   q, k   = unit(silu(conv_q h)), unit(silu(conv_k h))
   v      = w / sqrt(|w|^2 + v_eps)           w = act(conv_v W_v x), `v_conv`
   a      = phi(conv_a W_a x)                 target codes, `alpha_conv`
-  b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`
+  b      = sigmoid(w_b x + c_b)              forget gate, starting near `forget_init`, or of the
+                                             form exp(-A softplus(w_b x + c_b)), `forget_form`
   g      = step_scale sigmoid(w_g x + c_g)   inner step, starting near `step_init`
   o      = trellis(q, k, v, a, log b, g)
   y      = W_o (norm(o) * gelu(W_gate x))
@@ -31,13 +32,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trellis_jax import nn, sharding
+from trellis_jax import affine_mixer, nn, sharding
 from trellis_jax.ops import activations, backends
 from trellis_jax.ops.grid import Grid, runs_of
 from trellis_jax.ops.state import TrellisState
 from trellis_jax.ops.trellis import trellis
 from trellis_jax.trellis_config import Config
 from trellis_jax.typing import Array, Hidden, SegmentIds, Tokens
+
+# What the A of `forget_form` "rate" start between, as in Gated DeltaNet; above 0 for their log.
+RATES = (1.6e-2, 16.0)
 
 
 def targets(c: Config, alpha: Array) -> Array:
@@ -128,8 +132,7 @@ class Mixer(nnx.Module):
       # Narrow and near zero, so that the gates start at their biases.
       self.gates = nn.linear(width, gates * num_heads, init_std=0.2 * width**-0.5, rngs=rngs, **kw)
     if c.forget:
-      start = math.log(c.forget_init / (1 - c.forget_init))
-      self.forget_bias = nnx.Param(jnp.full((num_heads,), start, param_dtype))
+      self._build_forget_gate(param_dtype, rngs)
     self.step_bias = nnx.Param(jnp.full((num_heads,), self._step_bias(), param_dtype))
     if c.initial_memory == "learned":
       start = lambda n: c.memory_std * rngs.params.normal((num_heads, c.num_slots, n), param_dtype)
@@ -147,6 +150,15 @@ class Mixer(nnx.Module):
       rngs=rngs,
       **kw,
     )
+
+  def _build_forget_gate(self, param_dtype, rngs: nnx.Rngs) -> None:
+    c, heads = self.config, self.num_heads
+    if c.forget_form == "rate":
+      self.forget_bias = nnx.Param(affine_mixer.step_bias(heads, rngs, param_dtype))
+      self.log_rate = nnx.Param(affine_mixer.log_rate(heads, rngs, param_dtype, *RATES))
+    else:
+      start = math.log(c.forget_init / (1 - c.forget_init))
+      self.forget_bias = nnx.Param(jnp.full((heads,), start, param_dtype))
 
   def _step_bias(self) -> float:
     c = self.config
@@ -238,7 +250,11 @@ class Mixer(nnx.Module):
       raw = jnp.split(gates, gates.shape[-1] // self.num_heads, axis=-1)
     log_beta = jnp.zeros(shape, jnp.float32)
     if c.forget:
-      log_beta = jax.nn.log_sigmoid(raw.pop(0) + self.forget_bias[...][None, None])
+      forget = raw.pop(0) + self.forget_bias[...][None, None].astype(jnp.float32)
+      log_beta = jax.nn.log_sigmoid(forget)
+      if c.forget_form == "rate":
+        rate = jnp.exp(self.log_rate[...][None, None].astype(jnp.float32))
+        log_beta = -rate * jax.nn.softplus(forget)
     bias = self.step_bias[...][None, None].astype(jnp.float32)
     if c.step_form == "constant":
       return log_beta, jnp.broadcast_to(jax.nn.softplus(bias), shape)

@@ -16,7 +16,6 @@ values of length 1, and forget gates from 0.98; a row's words are what it has be
     linear    linear phi, and layer-normed codes as targets
     fid       no f between the passes
     half      inner steps below 1/2, from 1/4
-    spread    taps of all convolutions that start up to 1/2 away
     start     initial memories that are learned, at first N(0, 1/4^2)
     exact     C = 1
 
@@ -43,7 +42,6 @@ WORDS = {
   "linear": {"phi": "identity", "target": "layer_norm"},
   "fid": {"f": "identity"},
   "half": {"step_scale": 0.5, "step_init": 0.25},
-  "spread": {"conv_spread": 0.5},
   "start": {"initial_memory": "learned", "memory_std": 0.25},
   "exact": {"chunk_size": 1},
 }
@@ -53,7 +51,6 @@ CHOICES = (
   *("silu+eps+codes", "conv+silu+eps+codes"),
   *("conv+silu+f95", "conv+silu+eps+codes+f95", "conv+eps+codes+f95+half"),
   *("conv+eps+codes+f95+head", "conv+eps+codes+f95+start", "conv+eps+codes+f95+half+start"),
-  *("conv+eps+codes+f95+spread",),
   *("conv+silu+head", "conv+silu+eps+codes+head", "conv+silu+linear", "conv+silu+fid"),
 )
 

@@ -36,6 +36,7 @@ TRIED = {
   "phi_eps_0.25": {"phi_eps": 0.25},
   "steps_up_to_2": {"step_scale": 2.0, "step_init": 1.0},
   "curvature_0.5": {"curvature": 0.5},
+  "forget_by_rate": {"forget_form": "rate"},
   "forget_from_0.9": {"forget_init": 0.9},
   "forget_from_0.98": {"forget_init": 0.98},
   "forget_from_0.998": {"forget_init": 0.998},

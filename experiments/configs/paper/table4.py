@@ -11,9 +11,9 @@ of Books that a step has room for: 8k at mini, 32k at small; and there are state
 besides, of M = 32 and as many parameters. `trellis_m32` has memories as large as DeltaNet's, and
 `trellis_wide` those of Gated DeltaNet and its widths, keys of 3/4 and values of 3/2 of the model's;
 both in the default's chunks, which keep the memory at the chunk's start besides, and as the exact
-recurrence (C = 1), which keeps nothing else. `trellis_wide_spread` starts its convolutions spread,
-for models whose learning rates are too low to move their taps. `matched.py` has what else was tried
-there.
+recurrence (C = 1), which keeps nothing else. `trellis_wide_spread` starts features and heads
+apart, their taps and the lengths of their memories, for models whose learning rates are too low to
+move them far. `matched.py` has what else was tried there.
 """
 
 import math
@@ -47,7 +47,7 @@ MATCHED = {
   "trellis_m32_exact": {"num_slots": 32, "chunk_size": 1},
   "trellis_wide": WIDE,
   "trellis_wide_exact": WIDE | {"chunk_size": 1},
-  "trellis_wide_spread": WIDE | {"conv_spread": 0.5},
+  "trellis_wide_spread": WIDE | {"conv_spread": 0.5, "forget_form": "rate"},
 }
 
 

@@ -50,6 +50,7 @@ CHOICES = (
   {"chunk_size": 16, "curvature": 0.0, "step_init": 0.25},
   # What is forgotten, and what a sequence starts from.
   {"forget": False},
+  {"forget_form": "rate"},
   {"forget_init": 0.9},
   {"forget_init": 0.98},
   {"forget_init": 0.998},
