@@ -52,7 +52,7 @@ def test_convolutions_of_keys_start_at_powers_of_their_decay_and_all_others_at_t
 
 
 def test_a_spread_moves_every_tap_by_a_number_of_its_own_within_it():
-  """Around the start that it has without; kernels of a model differ, and so do layers."""
+  """Around the start that it has without; no two of a kernel, or of two seeds, are alike."""
   for name in ("trellis", *BASELINES):
     if not hasattr(mixers.configure(name), "conv_taps"):
       continue

@@ -114,3 +114,9 @@ def step_bias(num_heads: int, rngs: nnx.Rngs, dtype, low: float = 1e-3, high: fl
 def log_rate(num_heads: int, rngs: nnx.Rngs, dtype, low: float, high: float) -> Array:
   """Returns log A [H] for A uniform in [low, high]."""
   return jnp.log(rngs.params.uniform((num_heads,), jnp.float32, low, high)).astype(dtype)
+
+
+def step_and_decay(raw: Array, bias: Array, log_rate: Array) -> tuple[Array, Array]:
+  """Returns (dt, log d = -A dt), dt = softplus(raw + bias), [B, T, H] in the dtype of `raw`."""
+  dt = jax.nn.softplus(raw + bias.astype(raw.dtype)[None, None])
+  return dt, -jnp.exp(log_rate.astype(raw.dtype))[None, None] * dt

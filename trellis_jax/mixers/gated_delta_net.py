@@ -68,6 +68,5 @@ class Mixer(affine_mixer.Mixer):
   def decay_and_step(self, x):
     """Returns (log c, b) [B, T, H] in fp32."""
     decay, step = jnp.split(self.gates(x), 2, axis=-1)
-    dt = jax.nn.softplus(decay + self.dt_bias[...].astype(self.wide)[None, None])
-    rate = jnp.exp(self.log_rate[...].astype(self.wide))[None, None]
-    return -rate * dt, jax.nn.sigmoid(step)
+    _, log_decay = affine_mixer.step_and_decay(decay, self.dt_bias[...], self.log_rate[...])
+    return log_decay, jax.nn.sigmoid(step)

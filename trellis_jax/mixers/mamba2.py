@@ -86,5 +86,4 @@ class Mixer(affine_mixer.Mixer):
 
   def steps(self, x):
     """Returns (dt, -A dt) [B, T, H] in fp32."""
-    dt = jax.nn.softplus(self.gates(x) + self.dt_bias[...].astype(self.wide)[None, None])
-    return dt, -jnp.exp(self.log_rate[...].astype(self.wide))[None, None] * dt
+    return affine_mixer.step_and_decay(self.gates(x), self.dt_bias[...], self.log_rate[...])

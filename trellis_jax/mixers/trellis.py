@@ -250,11 +250,11 @@ class Mixer(nnx.Module):
       raw = jnp.split(gates, gates.shape[-1] // self.num_heads, axis=-1)
     log_beta = jnp.zeros(shape, jnp.float32)
     if c.forget:
-      forget = raw.pop(0) + self.forget_bias[...][None, None].astype(jnp.float32)
-      log_beta = jax.nn.log_sigmoid(forget)
+      forget, forget_bias = raw.pop(0), self.forget_bias[...]
       if c.forget_form == "rate":
-        rate = jnp.exp(self.log_rate[...][None, None].astype(jnp.float32))
-        log_beta = -rate * jax.nn.softplus(forget)
+        _, log_beta = affine_mixer.step_and_decay(forget, forget_bias, self.log_rate[...])
+      else:
+        log_beta = jax.nn.log_sigmoid(forget + forget_bias[None, None])
     bias = self.step_bias[...][None, None].astype(jnp.float32)
     if c.step_form == "constant":
       return log_beta, jnp.broadcast_to(jax.nn.softplus(bias), shape)
